@@ -1,9 +1,9 @@
 """ModelConfig: what a Hugging Face config.json says of a Llama-family model, checked.
 
-Families differ by these fields only; there is one Transformer. Every key of a config.json is either
-read here, on an explicit list of harmless ones, or refused by name, so that a checkpoint which needs
-something we do not compute is never run as if it did not. Both spellings in circulation are read:
-transformers 4 (rope_theta, rope_scaling) and transformers 5 (rope_parameters).
+Families differ by these fields only; there is one Transformer. Every key of a config.json is
+either read here, on an explicit list of harmless ones, or refused by name, so that a checkpoint
+which needs something we do not compute is never run as if it did not. Both spellings in circulation
+are read: transformers 4 (rope_theta, rope_scaling) and transformers 5 (rope_parameters).
 """
 
 import json
@@ -21,12 +21,12 @@ ARCHITECTURES = {
 }
 # Keys that say nothing about what an inference forward pass computes.
 _HARMLESS = frozenset(
-    "_name_or_path architectures attention_dropout attn_implementation bos_token_id cache_implementation "
-    "chunk_size_feed_forward dtype eos_token_id hidden_dropout id2label initializer_range label2id "
-    "max_window_layers model_type num_labels output_attentions output_hidden_states pad_token_id "
-    "output_router_logits pretraining_tp problem_type return_dict router_aux_loss_coef torch_dtype "
-    "router_jitter_noise transformers.js_config transformers_version unsloth_fixed unsloth_version "
-    "use_cache tokenizer_class is_llama_config".split()
+    "_name_or_path architectures attention_dropout attn_implementation bos_token_id "
+    "cache_implementation chunk_size_feed_forward dtype eos_token_id hidden_dropout id2label "
+    "initializer_range is_llama_config label2id max_window_layers model_type num_labels "
+    "output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp "
+    "problem_type return_dict router_aux_loss_coef router_jitter_noise tokenizer_class torch_dtype "
+    "transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache".split()
 )
 _ROPE_KINDS = ("default", "linear", "llama3", "dynamic")
 
@@ -37,7 +37,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding: base, and how its frequencies are stretched (RoFormer; Llama 3.1)."""
+    """Rotary embedding: its base, and how frequencies are stretched (RoFormer; Llama 3.1)."""
 
     theta: float = 10_000.0
     kind: str = "default"
@@ -109,7 +109,7 @@ class ModelConfig:
             raise ConfigError(f"head size {self.head_size} is odd; rotary embedding needs pairs")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"{self.num_heads} query heads do not divide into {self.num_kv_heads} key/value heads"
+                f"{self.num_heads} query heads do not divide among {self.num_kv_heads} KV heads"
             )
         if len(self.windows) != self.num_layers:
             raise ConfigError(f"{len(self.windows)} windows given for {self.num_layers} layers")

@@ -1,0 +1,61 @@
+"""Causal attention with grouped heads and an optional sliding window, as library calls.
+
+Shapes: B sequences, T new tokens, S keys, H query heads, G key/value heads, K head size.
+A query at position p sees keys max(0, p - window + 1) … p.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attention_reference(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, *, start: int = 0, window: int | None = None
+) -> Tensor:
+    """The definition, row by row, for one sequence; query t stands at position start + t."""
+    group = q_THK.shape[1] // k_SGK.shape[1]
+    out_THK = torch.empty_like(q_THK)
+    for t in range(q_THK.shape[0]):
+        end = start + t + 1
+        begin = 0 if window is None else max(0, end - window)
+        for h in range(q_THK.shape[1]):
+            k_SK, v_SK = k_SGK[begin:end, h // group], v_SGK[begin:end, h // group]
+            weights_S = torch.softmax(k_SK @ q_THK[t, h] * q_THK.shape[2] ** -0.5, dim=0)
+            out_THK[t, h] = weights_S @ v_SK
+    return out_THK
+
+
+def block_attention(
+    q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, *, window: int | None = None
+) -> Tensor:
+    """Attention of the last T of S positions over all S; differentiable. Returns [B, T, H, K]."""
+    T, S = q_BTHK.shape[1], k_BGSK.shape[2]
+    mask_TS = None
+    if T != S or (window is not None and window < S):
+        query_T1 = torch.arange(S - T, S, device=q_BTHK.device)[:, None]
+        key_S = torch.arange(S, device=q_BTHK.device)
+        mask_TS = key_S <= query_T1
+        if window is not None:
+            mask_TS &= key_S > query_T1 - window
+    out_BHTK = scaled_dot_product_attention(
+        q_BTHK.transpose(1, 2),
+        k_BGSK,
+        v_BGSK,
+        attn_mask=mask_TS,
+        is_causal=mask_TS is None,
+        enable_gqa=q_BTHK.shape[2] != k_BGSK.shape[1],
+    )
+    return out_BHTK.transpose(1, 2)
+
+
+def row_attention(q_HK: Tensor, k_GSK: Tensor, v_GSK: Tensor, begin: int, end: int) -> Tensor:
+    """One query over keys begin … end - 1; returns [H, K].
+
+    One call a row, so that its shape, and with it the bits of the row, depend on the row's position
+    alone. The heads that share a key/value head are the rows of that call.
+    """
+    G, _, K = k_GSK.shape
+    out_GRK = scaled_dot_product_attention(
+        q_HK.view(1, G, -1, K), k_GSK[None, :, begin:end], v_GSK[None, :, begin:end]
+    )
+    return out_GRK.reshape(-1, K)

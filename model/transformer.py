@@ -1,0 +1,324 @@
+"""Transformer: the one model of every family. Readable path on any device; three ways to call it.
+
+    model(tokens_BT)                 no cache, differentiable: training, parity tests
+    model.prefill(tokens_T, cache)   one sequence's prompt, in chunks at absolute positions
+    model.decode(tokens_BT, cache)   a few new tokens a sequence: plain decoding and verification
+
+Shapes: B sequences, T new tokens, M rows (B·T), D hidden, F feed-forward width, H query heads,
+G key/value heads, K head size, V vocabulary, E experts, A experts a token.
+
+Exactness. A row of `decode` has the same bits whatever else is in the call: the layers only ever
+see tiles of `row_tile` rows (padded), attention runs a row at a time, and every sum over experts
+runs in slot order. The rows of a tile are in order of position, so later tiles find the keys of
+earlier ones in the cache. `prefill` is a function of the prompt alone.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from draftnorm.kernels.attention import block_attention, row_attention
+from draftnorm.kernels.experts import grouped_experts, route, tile_experts
+from draftnorm.kernels.linear import row_tile, tile_linear
+from draftnorm.kernels.rms_norm import rms_norm
+from draftnorm.kernels.rotary import apply_rotary, inverse_frequencies, rotary_table
+from draftnorm.model.cache import KVCache
+from draftnorm.model.config import ModelConfig
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear, silu
+
+PREFILL_CHUNK = 512  # chunks start at multiples of it, so a prompt's cache depends on it alone
+
+# (q_MHK, k_MGK, v_MGK, layer) -> attention output [M, H·K]; stores k and v where there is a cache.
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+# How a projection is computed: F.linear, or the row-invariant product of a decode tile.
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Projections with q, k and v fused; where keys live and what is visible is the caller's."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        D, HK = config.hidden_size, config.num_heads * config.head_size
+        rows = HK + 2 * config.num_kv_heads * config.head_size
+        self.qkv_proj = nn.Linear(D, rows, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(HK, D, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_size, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_size, config.norm_eps)
+
+    def forward(
+        self, x_MD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, product: Product
+    ) -> Tensor:
+        H, G, K = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
+        qkv = product(x_MD, self.qkv_proj.weight, self.qkv_proj.bias).view(-1, H + 2 * G, K)
+        if self.config.qk_norm:
+            q_MHK, k_MGK = self.q_norm(qkv[:, :H]), self.k_norm(qkv[:, H : H + G])
+            q_MHK, k_MGK = apply_rotary(q_MHK, *rotary), apply_rotary(k_MGK, *rotary)
+        else:
+            q_MHK, k_MGK = apply_rotary(qkv[:, : H + G], *rotary).split((H, G), dim=1)
+        out_MHK = attend(q_MHK, k_MGK, qkv[:, H + G :], self.layer)
+        return product(out_MHK, self.o_proj.weight, self.o_proj.bias)
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) · up x), gate and up fused."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Linear(D, 2 * F, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(F, D, bias=config.mlp_bias)
+
+    def forward(self, x_MD: Tensor, product: Product) -> Tensor:
+        both = product(x_MD, self.gate_up_proj.weight, self.gate_up_proj.bias)
+        gate_MF, up_MF = both.chunk(2, dim=-1)
+        return product(silu(gate_MF) * up_MF, self.down_proj.weight, self.down_proj.bias)
+
+
+class Experts(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        E, D, F = config.num_experts, config.hidden_size, config.expert_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, F))
+
+
+class MoE(nn.Module):
+    """A router and its experts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x_MD: Tensor, product: Product, call: "_Call") -> Tensor:
+        logits_ME = product(x_MD, self.gate.weight, None)
+        if call.router_logits is not None:
+            call.router_logits.append(logits_ME.float())
+        ids_MA, weights_MA = route(
+            logits_ME, self.config.experts_per_token, renormalize=self.config.normalize_router
+        )
+        weights = (self.experts.gate_up_proj, self.experts.down_proj)
+        if call.rows is None:
+            return grouped_experts(x_MD, ids_MA, weights_MA, *weights)
+        out_MD, touched = tile_experts(x_MD, ids_MA, weights_MA, *weights, rows=call.rows)
+        call.experts_touched += touched
+        return out_MD
+
+
+class _Call:
+    """What one pass through the layers needs besides its rows, and what it counts on the way."""
+
+    def __init__(self, rows: int | None = None, router_logits: list[Tensor] | None = None) -> None:
+        self.rows = rows  # real rows of a decode tile; None outside decoding
+        self.router_logits = router_logits
+        self.experts_touched = 0
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MoE(config) if config.is_sparse(layer) else MLP(config)
+
+    def forward(
+        self,
+        x_MD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attend: Attend,
+        product: Product,
+        call: _Call,
+    ) -> Tensor:
+        x_MD = x_MD + self.self_attn(self.input_layernorm(x_MD), rotary, attend, product)
+        y_MD = self.post_attention_layernorm(x_MD)
+        if isinstance(self.mlp, MoE):
+            return x_MD + self.mlp(y_MD, product, call)
+        return x_MD + self.mlp(y_MD, product)
+
+
+class _Body(nn.Module):
+    """What Hugging Face calls `model.`: embedding, layers, final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model, on `device` in `dtype`, with uninitialised weights.
+
+    `init_weights` fills them at random; `draftnorm.load_model` from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.model = _Body(config)
+            if not config.tie_embeddings:
+                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Allocated once, uninitialised: nn.Linear's own initialisation would take minutes at 8B.
+        self.to(dtype=dtype or torch.get_default_dtype()).to_empty(device=device or "cpu")
+        self.experts_touched = self.expert_layer_passes = 0  # over all decode calls
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.norm.weight.dtype
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> "Transformer":
+        """Normal weights of config.initializer_range, norms 1, biases 0; the same on any device."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                values = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(values * self.config.initializer_range)
+        return self
+
+    def forward(self, tokens_BT: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
+        """Logits [B, T, V] of whole sequences, in the model's dtype; differentiable.
+
+        A list given as `router_logits` receives the fp32 router logits [B·T, E] of each MoE layer.
+        """
+        B, T = tokens_BT.shape
+        positions_M = torch.arange(T, device=self.device).repeat(B)
+
+        def attend(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, layer: int) -> Tensor:
+            q, k, v = (x.reshape(B, T, -1, self.config.head_size) for x in (q_MHK, k_MGK, v_MGK))
+            window = self.config.windows[layer]
+            out = block_attention(q, k.transpose(1, 2), v.transpose(1, 2), window=window)
+            return out.reshape(B * T, -1)
+
+        call = _Call(router_logits=router_logits)
+        x_MD = self._layers(tokens_BT.flatten(), positions_M, attend, linear, call)
+        return linear(x_MD, self._head_VD()).view(B, T, -1)
+
+    @torch.inference_mode()
+    def prefill(
+        self, tokens_T: Tensor | Sequence[int], cache: KVCache, *, sequence: int = 0
+    ) -> Tensor:
+        """Append a prompt to one sequence of the cache; the last token's logits, fp32 [V]."""
+        tokens_T = self._as_tokens(tokens_T)
+        start = cache.lengths[sequence]
+        cache.extend(len(tokens_T), sequence)
+        x_MD = None
+        while len(tokens_T):
+            end = min(start + len(tokens_T), (start // PREFILL_CHUNK + 1) * PREFILL_CHUNK)
+            x_MD = self._prefill_chunk(tokens_T[: end - start], cache, sequence, start)
+            tokens_T, start = tokens_T[end - start :], end
+        if x_MD is None:
+            raise ValueError("an empty prompt has no next token")
+        return linear(x_MD[-1], self._head_VD()).float()
+
+    def _prefill_chunk(self, tokens_T: Tensor, cache: KVCache, b: int, start: int) -> Tensor:
+        end = start + len(tokens_T)
+
+        def attend(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, layer: int) -> Tensor:
+            cache.keys[layer][b, :, start:end] = k_MGK.transpose(0, 1)
+            cache.values[layer][b, :, start:end] = v_MGK.transpose(0, 1)
+            window = self.config.windows[layer]
+            first = 0 if window is None else max(0, start - window + 1)  # older keys are invisible
+            keys = cache.keys[layer][b : b + 1, :, first:end]
+            values = cache.values[layer][b : b + 1, :, first:end]
+            return block_attention(q_MHK[None], keys, values, window=window).flatten(-2)[0]
+
+        positions_M = torch.arange(start, end, device=self.device)
+        return self._layers(tokens_T, positions_M, attend, linear, _Call())
+
+    @torch.inference_mode()
+    def decode(self, tokens_BT: Tensor | Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """Append T tokens to every sequence; logits after each, fp32 [B, T, V]. Row-invariant."""
+        tokens_BT = self._as_tokens(tokens_BT)
+        B, T = tokens_BT.shape
+        rows = [(b, p) for b in range(B) for p in cache.extend(T, b)]
+        tokens_M, size = tokens_BT.flatten(), row_tile(self.device, self.dtype)
+        tiles = [
+            self._decode_tile(tokens_M[i : i + size], rows[i : i + size], cache, size)
+            for i in range(0, len(rows), size)
+        ]
+        return torch.cat(tiles).view(B, T, -1)
+
+    def _decode_tile(
+        self, tokens_M: Tensor, rows: list[tuple[int, int]], cache: KVCache, size: int
+    ) -> Tensor:
+        """Logits of one tile; `rows` are (sequence, position), fewer than `size` in the last."""
+        padding = size - len(rows)
+        tokens_M = torch.nn.functional.pad(tokens_M, (0, padding))
+        positions_M = torch.tensor([p for _, p in rows] + [0] * padding, device=self.device)
+        H, K = self.config.num_heads, self.config.head_size
+
+        def attend(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, layer: int) -> Tensor:
+            keys, values = cache.keys[layer], cache.values[layer]
+            window = self.config.windows[layer]
+            out_MHK = q_MHK.new_zeros(size, H * K)
+            for m, (b, p) in enumerate(rows):
+                keys[b, :, p] = k_MGK[m]
+                values[b, :, p] = v_MGK[m]
+                begin = 0 if window is None else max(0, p + 1 - window)
+                out_MHK[m] = row_attention(q_MHK[m], keys[b], values[b], begin, p + 1).view(-1)
+            return out_MHK
+
+        call = _Call(rows=len(rows))
+        x_MD = self._layers(tokens_M, positions_M, attend, tile_linear, call)
+        self.experts_touched += call.experts_touched
+        self.expert_layer_passes += sum(map(self.config.is_sparse, range(self.config.num_layers)))
+        return tile_linear(x_MD, self._head_VD())[: len(rows)].float()
+
+    def _layers(
+        self, tokens_M: Tensor, positions_M: Tensor, attend: Attend, product: Product, call: _Call
+    ) -> Tensor:
+        """Embedding, every layer, final norm."""
+        rotary = rotary_table(positions_M, self._frequencies())
+        x_MD = embedding(tokens_M, self.model.embed_tokens.weight)
+        for layer in self.model.layers:
+            x_MD = layer(x_MD, rotary, attend, product, call)
+        return self.model.norm(x_MD)
+
+    def _frequencies(self) -> Tensor:
+        rope = self.config.rope
+        return inverse_frequencies(
+            self.config.head_size,
+            rope.theta,
+            rope.kind,
+            rope.factor,
+            rope.low_freq_factor,
+            rope.high_freq_factor,
+            rope.original_context,
+        ).to(self.device)
+
+    def _head_VD(self) -> Tensor:
+        return (self.model.embed_tokens if self.config.tie_embeddings else self.lm_head).weight
+
+    def _as_tokens(self, tokens: Tensor | Sequence) -> Tensor:
+        return torch.as_tensor(tokens, dtype=torch.long, device=self.device)
