@@ -36,6 +36,14 @@ def inverse_frequencies(
     return frequencies
 
 
+def rotary_reference(x_MHK: Tensor, positions_M: Tensor, frequencies: Tensor) -> Tensor:
+    """The definition: each pair as a complex number, turned; in float64."""
+    first, second = x_MHK.double().chunk(2, dim=-1)
+    angles = positions_M.double()[:, None] * frequencies.double()
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
 def rotary_table(positions_M: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine of every row and dimension, fp32 [M, 1, K], for `apply_rotary`."""
     angles = positions_M.to(torch.float32)[:, None] * frequencies
@@ -45,6 +53,7 @@ def rotary_table(positions_M: Tensor, frequencies: Tensor) -> tuple[Tensor, Tens
 
 def apply_rotary(x_MHK: Tensor, cos_M1K: Tensor, sin_M1K: Tensor) -> Tensor:
     """Turn each head of each row; computed in fp32, returned in the dtype of `x_MHK`."""
-    first, second = x_MHK.float().chunk(2, dim=-1)
+    x = x_MHK.float()
+    first, second = x.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)
-    return torch.addcmul(x_MHK * cos_M1K, swapped, sin_M1K).to(x_MHK.dtype)
+    return torch.addcmul(x * cos_M1K, swapped, sin_M1K).to(x_MHK.dtype)

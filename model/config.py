@@ -28,6 +28,7 @@ _HARMLESS = frozenset(
     "problem_type return_dict router_aux_loss_coef router_jitter_noise tokenizer_class torch_dtype "
     "transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache".split()
 )
+_MOST_LAYERS = 10_000  # a hostile file must not make us build lists without end
 _ROPE_KINDS = ("default", "linear", "llama3", "dynamic")
 
 
@@ -97,10 +98,6 @@ class ModelConfig:
             _positive_float(name, getattr(self, name))
         _positive_float("rope theta", self.rope.theta)
         _positive_float("rope factor", self.rope.factor)
-        if self.rope.kind not in _ROPE_KINDS:
-            raise ConfigError(
-                f"rope type {self.rope.kind!r} is not supported; supported are {_ROPE_KINDS}"
-            )
         if self.rope.kind == "llama3":
             if not 0 < self.rope.low_freq_factor < self.rope.high_freq_factor < math.inf:
                 raise ConfigError("rope llama3 needs 0 < low_freq_factor < high_freq_factor")
@@ -190,6 +187,8 @@ class ModelConfig:
         heads = reader.take("num_attention_heads")
         hidden = reader.take("hidden_size")
         layers = _positive_int("num_hidden_layers", reader.take("num_hidden_layers"))
+        if layers > _MOST_LAYERS:
+            raise ConfigError(f"num_hidden_layers = {layers} is not believable")
         _positive_int("num_attention_heads", heads)
         _positive_int("hidden_size", hidden)
         default_head = 128 if family == "qwen3" else hidden // heads  # as transformers' classes do
@@ -329,6 +328,8 @@ def _read_rope(reader: _Reader, family: str, context: int) -> RopeConfig:
     theta = reader.take("rope_theta", default_theta)
     kind = _or(rope.take("rope_type", None), rope.take("type", None))
     options = {"theta": _or(rope.take("rope_theta", None), theta), "kind": _or(kind, "default")}
+    if options["kind"] not in _ROPE_KINDS:
+        raise ConfigError(f"rope type {options['kind']!r} is not supported, only {_ROPE_KINDS}")
     if rope.take("partial_rotary_factor", 1.0) not in (1, None):
         raise ConfigError("partial_rotary_factor is not supported unless it is 1.0")
     if options["kind"] == "llama3":

@@ -1,0 +1,46 @@
+"""KVCache: lengths, capacity, rollback."""
+
+import pytest
+import torch
+
+from draftnorm.model.cache import KVCache
+from draftnorm.model.config import ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=2,
+)
+
+
+def test_sequences_have_their_own_lengths() -> None:
+    cache = KVCache(CONFIG, batch=2, capacity=8)
+    assert cache.extend(5, 1) == range(5)
+    assert cache.extend(2, 1) == range(5, 7)
+    assert cache.lengths == [0, 7]
+    cache.rollback(3, 1)
+    assert cache.extend(1, 1) == range(3, 4)
+
+
+def test_shapes_and_bytes() -> None:
+    cache = KVCache(CONFIG, batch=2, capacity=8, dtype=torch.bfloat16)
+    assert len(cache.keys) == len(cache.values) == 3
+    assert cache.keys[0].shape == (2, 2, 8, 2)
+    stored = sum(t.nbytes for t in cache.keys + cache.values)
+    assert stored == 2 * KVCache.bytes_needed(CONFIG, 8, torch.bfloat16)
+
+
+def test_errors_are_one_line() -> None:
+    cache = KVCache(CONFIG, capacity=4)
+    cache.extend(3)
+    for mistake in (lambda: cache.extend(2), lambda: cache.rollback(4), lambda: cache.rollback(-1)):
+        with pytest.raises(ValueError) as error:
+            mistake()
+        assert "\n" not in str(error.value)
+    assert cache.lengths == [3]
+    with pytest.raises(ValueError, match="capacity"):
+        KVCache(CONFIG, capacity=0)
