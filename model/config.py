@@ -170,12 +170,12 @@ class ModelConfig:
             raise ConfigError("the top level is not a JSON object")
         reader = _Reader(fields)
         family = reader.take("model_type", None)
-        if family not in ARCHITECTURES:
+        if not isinstance(family, str) or family not in ARCHITECTURES:
             raise ConfigError(
                 f"model_type {family!r} is not supported; supported are " + ", ".join(ARCHITECTURES)
             )
         classes = reader.take("architectures", None) or [ARCHITECTURES[family]]
-        if ARCHITECTURES[family] not in classes:
+        if not isinstance(classes, list) or ARCHITECTURES[family] not in classes:
             raise ConfigError(f"architecture {classes} is not supported; expected a causal LM")
         if reader.take("quantization_config", None):
             raise ConfigError("quantised checkpoints are not supported (quantization_config)")
@@ -192,7 +192,7 @@ class ModelConfig:
         _positive_int("num_attention_heads", heads)
         _positive_int("hidden_size", hidden)
         default_head = 128 if family == "qwen3" else hidden // heads  # as transformers' classes do
-        attention_bias = bool(reader.take("attention_bias", False))
+        attention_bias = reader.flag("attention_bias")
         bias_is_optional = family in ("llama", "qwen3", "qwen3_moe")
         if attention_bias and not bias_is_optional:
             raise ConfigError(f"attention_bias is not supported for {family}")
@@ -207,12 +207,12 @@ class ModelConfig:
             num_kv_heads=_or(reader.take("num_key_value_heads", None), heads),
             head_size=_or(reader.take("head_dim", None), default_head),
             norm_eps=reader.take("rms_norm_eps", 1e-6),
-            tie_embeddings=bool(reader.take("tie_word_embeddings", False)),
+            tie_embeddings=reader.flag("tie_word_embeddings"),
             context=context,
             rope=_read_rope(reader, family, context),
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias,
-            mlp_bias=bool(reader.take("mlp_bias", False)) if family == "llama" else False,
+            mlp_bias=reader.flag("mlp_bias") if family == "llama" else False,
             qk_norm=family in ("qwen3", "qwen3_moe"),
             windows=_read_windows(reader, family, layers),
             bos_token_id=reader.take("bos_token_id", None),
@@ -222,7 +222,7 @@ class ModelConfig:
         if family == "mixtral":
             experts = _or(reader.take("num_local_experts", None), reader.take("num_experts", None))
             config |= dict(
-                num_experts=_or(experts, 8),
+                num_experts=_positive_int("num_local_experts", _or(experts, 8)),
                 experts_per_token=reader.take("num_experts_per_tok", 2),
                 expert_size=config["intermediate_size"],
             )
@@ -230,11 +230,13 @@ class ModelConfig:
             experts = _or(reader.take("num_experts", None), reader.take("num_local_experts", None))
             step = _positive_int("decoder_sparse_step", reader.take("decoder_sparse_step", 1))
             dense = reader.take("mlp_only_layers", None) or []
+            if not isinstance(dense, list):
+                raise ConfigError(f"mlp_only_layers must be a list of layers, not {dense!r}")
             config |= dict(
-                num_experts=_or(experts, 128),
+                num_experts=_positive_int("num_experts", _or(experts, 128)),
                 experts_per_token=reader.take("num_experts_per_tok", 8),
                 expert_size=reader.take("moe_intermediate_size", 768),
-                normalize_router=bool(reader.take("norm_topk_prob", False)),
+                normalize_router=reader.flag("norm_topk_prob"),
                 dense_layers=tuple(i for i in range(layers) if i in dense or (i + 1) % step),
             )
         reader.refuse_the_rest()
@@ -312,6 +314,12 @@ class _Reader:
             raise ConfigError(f"{name} is missing")
         return default[0]
 
+    def flag(self, name: str) -> bool:
+        value = self.take(name, False)
+        if value not in (True, False, None):
+            raise ConfigError(f"{name} must be true or false, not {value!r}")
+        return bool(value)
+
     def refuse_the_rest(self) -> None:
         for name, value in self.fields.items():
             if name not in self.taken and value not in (None, False, 0, "", [], {}):
@@ -356,7 +364,7 @@ def _read_windows(reader: _Reader, family: str, layers: int) -> tuple[int | None
         raise ConfigError(f"field 'sliding_window' = {window!r} is not supported for llama")
     first = 0  # the first layer with a window
     if family.startswith("qwen"):
-        if not reader.take("use_sliding_window", False):
+        if not reader.flag("use_sliding_window"):
             window = None
         if family != "qwen3_moe":
             first = reader.take("max_window_layers", 28)
