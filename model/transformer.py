@@ -34,10 +34,23 @@ Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
+class Weights(nn.Module):
+    """A weight [N, K] and perhaps a bias [N], uninitialised; what is done with them is the caller's.
+
+    nn.Linear would initialise itself, and the first time that happens on the meta device torch
+    imports its compiler: one second and 70 MB before the first token.
+    """
+
+    def __init__(self, rows: int, columns: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+        self.bias = nn.Parameter(torch.empty(rows)) if bias else None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,8 +65,8 @@ class Attention(nn.Module):
         self.config, self.layer = config, layer
         D, HK = config.hidden_size, config.num_heads * config.head_size
         rows = HK + 2 * config.num_kv_heads * config.head_size
-        self.qkv_proj = nn.Linear(D, rows, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(HK, D, bias=config.output_bias)
+        self.qkv_proj = Weights(rows, D, bias=config.qkv_bias)
+        self.o_proj = Weights(D, HK, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_size, config.norm_eps)
             self.k_norm = RMSNorm(config.head_size, config.norm_eps)
@@ -78,8 +91,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Linear(D, 2 * F, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(F, D, bias=config.mlp_bias)
+        self.gate_up_proj = Weights(2 * F, D, bias=config.mlp_bias)
+        self.down_proj = Weights(D, F, bias=config.mlp_bias)
 
     def forward(self, x_MD: Tensor, product: Product) -> Tensor:
         both = product(x_MD, self.gate_up_proj.weight, self.gate_up_proj.bias)
@@ -101,7 +114,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Weights(config.num_experts, config.hidden_size)
         self.experts = Experts(config)
 
     def forward(self, x_MD: Tensor, product: Product, call: "_Call") -> Tensor:
@@ -156,7 +169,7 @@ class _Body(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Weights(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
@@ -179,9 +192,9 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             self.model = _Body(config)
             if not config.tie_embeddings:
-                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Allocated once, uninitialised: nn.Linear's own initialisation would take minutes at 8B.
-        self.to(dtype=dtype or torch.get_default_dtype()).to_empty(device=device or "cpu")
+                self.lm_head = Weights(config.vocab_size, config.hidden_size)
+        device, dtype = device or "cpu", dtype or torch.get_default_dtype()
+        self._apply(lambda meta: torch.empty(meta.shape, device=device, dtype=dtype))
         self.experts_touched = self.expert_layer_passes = 0  # over all decode calls
 
     @property
