@@ -1,0 +1,152 @@
+"""Draft length: a fixed number, or the one that pays best, measured as decoding goes.
+
+A cycle with γ drafts yields E(γ) = 1 + a₁ + a₁a₂ + … + a₁⋯a_γ tokens, where aᵢ is the acceptance
+of draft i given that those before it were accepted, and costs γ·t_draft + t_verify(γ). `auto`
+maximises the ratio. Nothing is assumed about the machine: on a CPU a verify gets dearer in steps,
+on a GPU it is nearly flat, and in a mixture of experts it depends on the text. γ = 0, plain
+decoding, is one of the choices, so text that cannot be predicted costs a few probes and no more.
+"""
+
+import numpy as np
+
+from draftnorm.decoding.statistics import Cycle
+
+MAX_DRAFT_LENGTH = 15  # with the last committed token, sixteen rows: one tile
+
+
+class FixedDraftLength:
+    def __init__(self, length: int) -> None:
+        if not isinstance(length, int) or not 1 <= length <= MAX_DRAFT_LENGTH:
+            raise ValueError(
+                f"draft_length must be 1 … {MAX_DRAFT_LENGTH} or 'auto', not {length!r}"
+            )
+        self._length = length
+
+    def next(self) -> int:
+        return self._length
+
+    def observe(self, cycle: Cycle) -> None:
+        pass
+
+
+class AutoDraftLength:
+    """Call `next` for the length of a cycle and `observe` with what came of it."""
+
+    HYSTERESIS = 1.03  # a change of length must promise this much, so that noise changes nothing
+    PROBE_SHARE = 0.02  # time that probes may cost; the promise is to lose at most 3 %
+    PROBE_WAIT = 16, 256  # cycles between probes, at least and at most
+
+    def __init__(self) -> None:
+        self._acceptance, self._cost = Acceptance(), CycleCost()
+        self._length = 0  # the first cycle is plain: everything is compared with it
+        self._idle = self._wait = 0  # cycles since the last draft, and how many are due
+
+    def next(self) -> int:
+        probing = self._length == 0 and self._idle > self._wait
+        return 1 if probing else self._length
+
+    def observe(self, cycle: Cycle) -> None:
+        self._cost.observe(cycle)
+        if cycle.drafted:
+            if self._length == 0:
+                self._schedule_probe(cycle)
+            self._acceptance.observe(cycle)
+            self._idle = 0
+        else:  # not asked for, or the drafter had nothing to say: a due probe stays due
+            self._idle += 1
+        self._length = self._best()
+
+    def _schedule_probe(self, probe: Cycle) -> None:
+        """Probes back off until they cost PROBE_SHARE of the time; one that paid is repeated."""
+        self._acceptance.fade()
+        plain = self._cost.verify_seconds()[0]
+        loss = probe.seconds - plain * (1 + probe.accepted)
+        due = 0 if probe.accepted else loss / (self.PROBE_SHARE * plain)
+        self._wait = 0 if probe.accepted else int(np.clip(due, *self.PROBE_WAIT))
+
+    def _best(self) -> int:
+        lengths = np.arange(MAX_DRAFT_LENGTH + 1)
+        tokens = 1 + np.concatenate([[0], np.cumsum(np.cumprod(self._acceptance.rates()))])
+        rates = tokens / (lengths * self._cost.draft_seconds + self._cost.verify_seconds())
+        best = int(rates[: self._cost.horizon + 1].argmax())
+        # Stopping is not held back: hysteresis must not keep a loss going.
+        worthwhile = best == 0 or rates[best] > self.HYSTERESIS * rates[self._length]
+        return best if worthwhile else self._length
+
+
+class Acceptance:
+    """Running acceptance by position, recent cycles counting most.
+
+    Positions after the first rejection were never put to the test and count neither way. One that
+    has not been reached borrows the rate of the one before it.
+    """
+
+    DECAY = 0.9  # a memory of about ten cycles
+    PRIOR = 0.6  # of the first position, with the weight of one observation
+    FADED = 2.0  # the weight that old evidence keeps when a probe brings new
+
+    def __init__(self) -> None:
+        self._accepted, self._tested = np.zeros((2, MAX_DRAFT_LENGTH))
+
+    def observe(self, cycle: Cycle) -> None:
+        tested = min(cycle.accepted + 1, cycle.drafted)
+        for counts, reached in (self._accepted, cycle.accepted), (self._tested, tested):
+            counts[:tested] *= self.DECAY
+            counts[:reached] += 1
+
+    def fade(self) -> None:
+        keep = np.minimum(1, self.FADED / np.maximum(self._tested, 1e-9))
+        self._accepted *= keep
+        self._tested *= keep
+
+    def rates(self) -> np.ndarray:
+        rates, before = np.empty(MAX_DRAFT_LENGTH), self.PRIOR
+        for i, (accepted, tested) in enumerate(zip(self._accepted, self._tested, strict=True)):
+            rates[i] = before = (accepted + before) / (tested + 1)
+        return rates
+
+
+class CycleCost:
+    """Running seconds of a draft and of a verify by number of drafts.
+
+    A length that was not measured is taken between its neighbours, and past the longest measured to
+    cost no more than that one: hope makes it tried, and then it is measured. Measurements unused
+    for `EXPIRY` cycles are dropped, so that one slow call does not rule a length out for good.
+    """
+
+    WEIGHT = 0.25  # of a new sample in the running mean
+    EXPIRY = 128
+
+    def __init__(self) -> None:
+        self.draft_seconds = 0.0
+        self._verify: dict[int, tuple[float, int]] = {}  # drafts -> (seconds, cycle of last use)
+        self._cycles = 0
+
+    @property
+    def horizon(self) -> int:
+        """The longest block worth considering: hope may double what was measured, not more."""
+        return min(2 * max(self._verify) + 1, MAX_DRAFT_LENGTH)
+
+    def observe(self, cycle: Cycle) -> None:
+        self._cycles += 1
+        sample = max(cycle.verify_seconds, 1e-9)  # a clock may not have moved
+        seconds, _ = self._verify.get(cycle.drafted, (sample, 0))
+        seconds += self.WEIGHT * (sample - seconds)
+        self._verify[cycle.drafted] = seconds, self._cycles
+        self._verify = {
+            drafts: entry
+            for drafts, entry in self._verify.items()
+            if self._cycles - entry[1] < self.EXPIRY
+        }
+        if cycle.drafted:
+            a_draft = cycle.draft_seconds / cycle.drafted
+            mean = self.draft_seconds or a_draft
+            self.draft_seconds = mean + self.WEIGHT * (a_draft - mean)
+
+    def verify_seconds(self) -> np.ndarray:
+        """t_verify(γ) for γ = 0 … MAX_DRAFT_LENGTH."""
+        measured = sorted(self._verify)
+        seconds = [self._verify[drafts][0] for drafts in measured]
+        # More rows never cost less, so a shorter block that seems to cost more was disturbed.
+        seconds = np.minimum.accumulate(seconds[::-1])[::-1]
+        return np.interp(range(MAX_DRAFT_LENGTH + 1), measured, seconds)

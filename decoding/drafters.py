@@ -1,0 +1,187 @@
+"""Drafters: anything that guesses the next few tokens cheaply.
+
+Shapes: N draft tokens, V vocabulary. `Drafter` is the whole protocol; `NgramDrafter` looks the
+continuation up in the text so far, `ModelDrafter` asks a smaller model. A drafter can be wrong or
+silent without harm: it decides how fast tokens come, never which.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from draftnorm.decoding.noise import DRAFT, EXACT
+from draftnorm.decoding.sampling import Sampler, warp
+from draftnorm.model.cache import KVCache
+
+
+class Drafter(Protocol):
+    """What the speculative loop calls, in this order: prefill once, then (catch_up, propose)*.
+
+    Committed tokens reach a drafter exactly once, first the prompt and then in order; a drafter is
+    not called in cycles that do not draft, so `catch_up` may bring one token or many.
+    """
+
+    needs_features: bool  # whether prefill and catch_up want the target's hidden states
+
+    def prefill(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+        """Begin a sequence with this prompt."""
+
+    def catch_up(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+        """Take the tokens that were committed since the last call."""
+
+    def propose(self, length: int) -> tuple[list[int], Tensor | None]:
+        """Up to `length` tokens to follow the committed ones; none is a valid answer.
+
+        The second value is q [N, V], the distributions that they were drawn from, or None if they
+        were not drawn: then q is one-hot. Only `acceptance="rejection"` reads it.
+        """
+
+
+class NgramDrafter:
+    """Proposes what followed the last time the text ended as it ends now (prompt lookup).
+
+    The longest known suffix of up to `longest` tokens counts, its latest occurrence wins. A
+    committed token adds one dictionary entry a length: a cycle takes microseconds at any context.
+    """
+
+    needs_features = False
+
+    def __init__(self, *, longest: int = 8, shortest: int = 2) -> None:
+        if not 1 <= shortest <= longest:
+            raise ValueError(
+                f"an n-gram drafter needs 1 <= shortest <= longest: {shortest=} {longest=}"
+            )
+        self._lengths = range(longest, shortest - 1, -1)
+        self._tokens: list[int] = []
+        self._follower: dict[tuple[int, ...], int] = {}  # n-gram -> index of what followed it
+
+    def prefill(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+        self._tokens, self._follower = [], {}
+        self.catch_up(tokens)
+
+    def catch_up(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+        for token in tokens:
+            # An n-gram is filed when its follower arrives: the suffix never finds itself.
+            for suffix in self._suffixes():
+                self._follower[suffix] = len(self._tokens)
+            self._tokens.append(token)
+
+    def propose(self, length: int) -> tuple[list[int], Tensor | None]:
+        for suffix in self._suffixes():
+            source = self._follower.get(suffix)
+            if source is not None:
+                # Copying may run into its own output, as in LZ77: a loop in the text goes on.
+                text = self._tokens[source:]
+                for i in range(length - len(text)):
+                    text.append(text[i])
+                return text[:length], None
+        return [], None
+
+    def _suffixes(self) -> list[tuple[int, ...]]:
+        """The n-grams that end the text, longest first."""
+        tail = tuple(self._tokens[-self._lengths[0] :])
+        return [tail[-n:] for n in self._lengths if n <= len(tail)]
+
+
+class ModelDrafter:
+    """A smaller model with the target's vocabulary and a cache, hence lengths, of its own.
+
+    Its first step takes the last two committed tokens: after a full accept the last draft was never
+    fed, so two are missing, and otherwise rewriting one position changes nothing. The shape is thus
+    always the same. Past the model's context it proposes nothing.
+
+    `stream` is the noise it samples with: EXACT shares the target's, so that the same token tends
+    to win both races; DRAFT is independent of it, as the rejection rule requires. Ids from
+    `vocabulary` on are padding and never proposed.
+    """
+
+    needs_features = False
+
+    def __init__(
+        self, model, sampler: Sampler, *, stream: int = EXACT, vocabulary: int, capacity: int
+    ) -> None:
+        self._model, self._sampler, self._stream = model, sampler, stream
+        self._vocabulary = vocabulary
+        self._context = min(model.config.context, capacity)
+        self._cache = KVCache(
+            model.config, capacity=self._context, device=model.device, dtype=model.dtype
+        )
+        self._tokens: list[int] = []  # committed
+        self._drafts: list[int] = []  # proposed after them, all but the last one in the cache
+
+    def prefill(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+        self._tokens, self._drafts = [], []
+        self._cache.rollback(0)
+        self._extend(tokens)
+        self._feed(self._tokens)
+
+    def catch_up(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+        kept = self._cache.lengths[0]
+        if self._drafts:  # drafts that were accepted are cached at the right place already
+            agreed = next(
+                (i for i, d in enumerate(self._drafts) if tokens[i : i + 1] != [d]),
+                len(self._drafts),
+            )
+            kept = min(kept, len(self._tokens) + agreed)
+        self._cache.rollback(kept)
+        self._extend(tokens)
+        self._feed(self._tokens[kept:-2])  # empty unless cycles went by without drafting
+
+    def propose(self, length: int) -> tuple[list[int], Tensor | None]:
+        # The last draft is not fed, so the positions needed end one before it.
+        length = min(length, self._context - len(self._tokens) + 1)
+        rows, q_NV = self._tokens[-2:], []
+        if length < 1 or not self._follows:
+            return [], None
+        self._cache.rollback(len(self._tokens) - 2)
+        for position in range(len(self._tokens), len(self._tokens) + length):
+            logits_V = self._model.decode([rows], self._cache)[0, -1, : self._vocabulary]
+            if self._stream == DRAFT:
+                warped_V = warp(logits_V, self._sampler.sampling)
+                q_NV.append(warped_V.softmax(-1))
+                token = self._sampler.race(warped_V, position, DRAFT)
+            else:
+                token = self._sampler.sample(logits_V, position, self._stream)
+            self._drafts.append(token)
+            rows = [token]
+        return list(self._drafts), torch.stack(q_NV) if q_NV else None
+
+    def _extend(self, tokens: Sequence[int]) -> None:
+        self._tokens += tokens
+        self._drafts = []
+
+    def _feed(self, tokens: Sequence[int]) -> None:
+        if tokens and self._follows:
+            self._model.prefill(tokens, self._cache)
+
+    @property
+    def _follows(self) -> bool:
+        """Whether the text so far is one that the model can read; once not, never again."""
+        return len(self._tokens) <= self._context
+
+
+def check_vocabularies(target_tokenizer, draft_tokenizer, target_config, draft_config) -> int:
+    """The number of ids that target and draft share; a ValueError if they mean different tokens.
+
+    Embeddings may be padded to different sizes; ids past the tokenizers' are never proposed.
+    Without both tokenizers, the draft's embedding must at least cover what the target's can say.
+    """
+    sizes = target_config.vocab_size, draft_config.vocab_size
+    if target_tokenizer is None or draft_tokenizer is None:
+        real = min(sizes) if target_tokenizer is None else target_tokenizer.vocab_size
+        if sizes[0] != sizes[1] and (target_tokenizer is None or real > min(sizes)):
+            raise ValueError(
+                f"the draft has another vocabulary: {sizes[1]} ids, the target {sizes[0]}"
+            )
+        return min(real, *sizes)
+    pieces = target_tokenizer.tokens, draft_tokenizer.tokens
+    for token_id in range(max(map(len, pieces))):
+        target, draft = (p[token_id] if token_id < len(p) else None for p in pieces)
+        if target != draft:
+            raise ValueError(
+                f"the draft has another vocabulary: token {token_id} is {target!r} in the target's "
+                f"tokenizer and {draft!r} in the draft's"
+            )
+    return min(len(pieces[0]), *sizes)

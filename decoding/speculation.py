@@ -1,0 +1,160 @@
+"""Speculative generation: a drafter guesses, the target checks all guesses in one pass.
+
+One cycle, with N = 3 drafts of which a = 2 are accepted (n committed tokens, the last one is `z`):
+
+                    position    …  n−1    n   n+1  n+2
+    before          cached      … │                        n − 1 tokens; z is not among them
+    propose                         z │  d1   d2   d3      the drafter's guesses
+    verify          fed         …   z    d1   d2   d3      N + 1 rows, written to the cache
+                    chooses         t1   t2   t3   t4      row i chooses the token at n + i
+    accept          t1 = d1, t2 = d2, t3 ≠ d3: the block is t1 t2 t3, two drafts and one own
+    after           cached      …   z    d1   d2 │         rolled back to n + a, t3 is the new z
+
+The target's row costs nearly nothing extra: decoding is bound by reading weights, once a pass.
+Rollback sets a length, and what lies past it is overwritten. With acceptance "exact" each t is what
+plain decoding would choose there, so the output is plain decoding's whatever the drafter says.
+
+Shapes: T = N + 1 rows, V vocabulary.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from draftnorm.decoding.draft_length import MAX_DRAFT_LENGTH, AutoDraftLength, FixedDraftLength
+from draftnorm.decoding.drafters import Drafter, ModelDrafter, NgramDrafter, check_vocabularies
+from draftnorm.decoding.generation import Generation, PlainDecoder, Request
+from draftnorm.decoding.noise import DRAFT, EXACT
+from draftnorm.decoding.statistics import Cycle, SpeculationStatistics
+from draftnorm.decoding.verification import VERIFIERS
+
+logger = logging.getLogger("draftnorm")
+
+_WARN_AFTER, _WARN_BELOW = 64, 0.2  # cycles that drafted; share of them whose first draft held
+
+
+def speculate(
+    model,
+    tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    draft: Any = "ngram",
+    draft_length: int | str = "auto",
+    acceptance: str = "exact",
+    draft_tokenizer=None,
+    **options: Any,
+) -> Generation:
+    """Decode with draft and verify: an iterator of Chunks with a `.result()`, as `generate`.
+
+    `draft` is "ngram" (look-up in the text so far), a model with the target's vocabulary, or any
+    object with the Drafter protocol. `draft_length` is 1 … 15 or "auto", which measures what pays.
+    `acceptance` "exact" gives the tokens of `generate`, bit for bit where the target's rows do not
+    depend on their number; "rejection" gives its distribution, with more drafts accepted at high
+    temperature. A model's vocabulary is compared by its tokenizer if that is given. Prompt and
+    options are those of `Request.of`, ValueErrors included.
+    """
+    if acceptance not in VERIFIERS:
+        raise ValueError(f"acceptance must be one of {', '.join(VERIFIERS)}, not {acceptance!r}")
+    length = AutoDraftLength() if draft_length == "auto" else FixedDraftLength(draft_length)
+    request = Request.of(model, tokenizer, prompt, **options)
+    if request.sampler.greedy:
+        acceptance = "exact"  # at temperature 0 both rules are the same
+    drafter = draft
+    if draft == "ngram":
+        drafter = NgramDrafter()
+    elif hasattr(draft, "decode"):
+        drafter = ModelDrafter(
+            draft,
+            request.sampler,
+            stream=EXACT if acceptance == "exact" else DRAFT,
+            vocabulary=check_vocabularies(tokenizer, draft_tokenizer, model.config, draft.config),
+            capacity=request.longest + MAX_DRAFT_LENGTH,
+        )
+    elif not hasattr(draft, "propose"):
+        raise ValueError(f"draft must be 'ngram', a model or a drafter, not {draft!r}")
+    if drafter.needs_features:
+        raise ValueError("this drafter needs the target's hidden states, which are not provided")
+    return Generation(request, SpeculativeDecoder(model, request, drafter, length, acceptance))
+
+
+class SpeculativeDecoder(PlainDecoder):
+    """A decoder whose step is one speculative cycle."""
+
+    def __init__(
+        self,
+        model,
+        request: Request,
+        drafter: Drafter,
+        length: FixedDraftLength | AutoDraftLength,
+        acceptance: str,
+    ) -> None:
+        super().__init__(model, request, slack=MAX_DRAFT_LENGTH)
+        self._drafter, self._length, self._verify = drafter, length, VERIFIERS[acceptance]
+        self._told = 0  # committed tokens that the drafter knows of
+        self._cycles: list[Cycle] = []
+        self._tried = self._held = 0  # cycles that drafted, and whose first draft was accepted
+        self._experts_before = model.experts_touched, model.expert_layer_passes
+
+    def prefill(self, tokens: Sequence[int]) -> list[int]:
+        block = super().prefill(tokens)
+        start = self.clock()
+        self._drafter.prefill(tokens)
+        self._told = len(tokens)
+        self.prefill_seconds["draft"] = self.clock() - start
+        return block
+
+    def step(self, tokens: list[int], room: int) -> list[int]:
+        """One cycle: propose, verify, accept, roll back."""
+        start = caught_up = self.clock()
+        drafts, q_NV = [], None
+        length = min(self._length.next(), room - 1)  # the block ends in a token of the target's own
+        if length > 0:
+            self._drafter.catch_up(tokens[self._told :])
+            self._told = len(tokens)
+            caught_up = self.clock()
+            drafts, q_NV = self._propose(length)
+        drafted = self.clock()
+
+        logits_TV = self.model.decode([[tokens[-1], *drafts]], self.cache)[0]
+        block = self._verify(logits_TV, drafts, q_NV, self.sampler, position=len(tokens))
+        self.cache.rollback(len(tokens) + len(block) - 1)
+
+        self._record(
+            Cycle(
+                drafted=len(drafts),
+                accepted=len(block) - 1,
+                catch_up_seconds=caught_up - start,
+                draft_seconds=drafted - caught_up,
+                verify_seconds=self.clock() - drafted,
+            )
+        )
+        return block
+
+    def statistics(self, committed: int) -> SpeculationStatistics:
+        touched = self.model.experts_touched - self._experts_before[0]
+        passes = self.model.expert_layer_passes - self._experts_before[1]
+        return SpeculationStatistics.of(
+            self._cycles, committed, experts_per_layer=touched / passes if passes else None
+        )
+
+    def _propose(self, length: int) -> tuple[list[int], Tensor | None]:
+        """The drafter's guesses, which need not be ours and are therefore checked."""
+        drafts, q_NV = self._drafter.propose(length)
+        size = self.model.config.vocab_size
+        if len(drafts) > length or not all(0 <= draft < size for draft in drafts):
+            raise ValueError(f"asked for {length} tokens of {size}, the drafter proposed {drafts}")
+        return drafts, q_NV
+
+    def _record(self, cycle: Cycle) -> None:
+        self._length.observe(cycle)
+        self._cycles.append(cycle)
+        self._tried += cycle.drafted > 0
+        self._held += cycle.accepted > 0
+        if self._tried == _WARN_AFTER and cycle.drafted and self._held < _WARN_BELOW * self._tried:
+            logger.warning(
+                "the target accepted a draft in only %d of %d cycles: is this the right drafter?",
+                self._held,
+                self._tried,
+            )
