@@ -41,9 +41,8 @@ _FIELDS = {
     "feed_forward_length": "intermediate_size",
     "rope.freq_base": "rope_theta",
 }
-_CHECKED = (
-    "vocab_size attention.value_length rope.dimension_count rope.scaling.type rope.scaling.factor"
-)
+_CHECKED = {"vocab_size", "attention.value_length", "rope.dimension_count"}
+_CHECKED |= {"rope.scaling.type", "rope.scaling.factor"}
 _TENSORS = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
