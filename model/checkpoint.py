@@ -159,8 +159,8 @@ def _read_index(directory: Path) -> dict[str, set[str]]:
     if not path.exists():
         return {}
     try:
-        if path.stat().st_size > _LARGEST_INDEX:
-            raise ValueError(f"larger than {_LARGEST_INDEX:,} bytes")
+        if not path.is_file() or path.stat().st_size > _LARGEST_INDEX:
+            raise ValueError(f"not a file of at most {_LARGEST_INDEX:,} bytes")
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names_of: dict[str, set[str]] = {}
         for name, file in weight_map.items():

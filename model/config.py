@@ -152,10 +152,10 @@ class ModelConfig:
         file = Path(path) / "config.json"
         if not Path(path).is_dir():
             raise ConfigError(f"{path} is not a directory with a checkpoint in it")
+        if not file.is_file():
+            raise ConfigError(f"{path} has no config.json")
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path} has no config.json") from None
         except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file} cannot be read as JSON: {error}") from None
         try:

@@ -422,6 +422,16 @@ def test_things_that_are_not_files(good, tmp_path):
     os.mkfifo(file)  # opening it would wait for ever
     assert "model.safetensors is missing" in refused(good)
     file.unlink()
+    for name, message in (
+        ("model.safetensors.index.json", "not an index"),
+        ("config.json", "no c"),
+    ):
+        (good / name).unlink(missing_ok=True)
+        os.mkfifo(good / name)
+        with pytest.raises(ValueError, match=message):
+            load(good)
+        (good / name).unlink()
+    (good / "config.json").write_text(json.dumps(LLAMA))
     (good / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     assert "pickled" in refused(good)
     with pytest.raises(ValueError, match="is not a directory"):
