@@ -246,7 +246,7 @@ def has_pdl(device: int) -> bool:
     return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _check(x: Tensor, weight: Tensor | None, casting_mode: str, row_mode: str | None) -> None:
+def check_rows(x: Tensor, weight: Tensor | None, casting_mode: str, row_mode: str | None) -> None:
     """Raise ValueError for what the kernels cannot run."""
     if not (x.is_cuda or INTERPRETED):
         raise ValueError(
@@ -320,7 +320,7 @@ def rms_norm_forward(
     one row a program is bound by the rate at which programs start (41 µs) up to D = 576. A row
     alone wants one warp up to D = 768 and 8 columns a thread above; many rows want 16.
     """
-    _check(x, weight, casting_mode, row_mode)
+    check_rows(x, weight, casting_mode, row_mode)
     rstd_M = x.new_empty(0 if inference_mode else x.numel() // x.shape[-1], dtype=torch.float32)
     stored = None if inference_mode else rstd_M
     return _forward(x, weight, eps, offset, casting_mode, row_mode, stored), rstd_M
@@ -341,7 +341,7 @@ def rms_norm_backward(
     own rows of the weight's gradient in fp32, one sum adds the programs. Raises ValueError as the
     forward does, and for the empty rstd of an inference-mode forward.
     """
-    _check(x, weight, casting_mode, None)
+    check_rows(x, weight, casting_mode, None)
     D = x.shape[-1]
     x_MD, dy_MD = x.reshape(-1, D), dy.reshape(-1, D)
     M = x_MD.shape[0]
@@ -410,7 +410,7 @@ def rms_norm(
         if x.dtype == torch.float32 and not offset and (weight is None or weight.dtype == x.dtype):
             return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
         return rms_norm_reference(x, weight, eps, offset=offset, casting_mode=casting_mode)
-    _check(x, weight, casting_mode, None)
+    check_rows(x, weight, casting_mode, None)
     if inference_mode:
         return _forward(x, weight, eps, offset, casting_mode, None, None)
     if x.dim() == 2:
