@@ -4,8 +4,8 @@ Encoding is left to the library that made the file. Decoding is our own and the 
 id stands for fixed bytes, and a text is the bytes of its ids read as UTF-8. Detokenising step by
 step is then an incremental UTF-8 decoder, without look-back, that never shows half a character.
 
-Where a directory has both files, tokenizer.json counts, as in transformers, and is run as written. A
-tokenizer.model gives SentencePiece's own ids; transformers 5 rebuilds it and differs at some spaces.
+Where a directory has both files, tokenizer.json counts, as in transformers; it is run as written. A
+tokenizer.model gives SentencePiece's own ids (transformers 5 rebuilds it, differing at spaces).
 """
 
 import codecs
