@@ -77,10 +77,8 @@ def residual_rms_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel: x, residual [..., D], weight [D] or None -> (y, summed, rstd [M] or [0]).
 
-    y and summed are like x, rstd fp32, empty with `inference_mode`.
-
-    Any row strides. Raises ValueError for what `rms_norm_forward` refuses, and if x and residual
-    differ in shape, dtype or device.
+    y and summed are like x, rstd is fp32. Any row strides. Raises ValueError for what
+    `rms_norm_forward` refuses, and if x and residual differ in shape, dtype or device.
     """
     for tensor in (x, residual):
         check_rows(tensor, weight, casting_mode, None)
@@ -105,8 +103,7 @@ def residual_rms_norm_forward(
 
 
 class _ResidualRMSNorm(torch.autograd.Function):
-    """summed feeds both the norm and the next residual, so its two gradients add up."""
-
+    # summed feeds both the norm and the next residual, so its two gradients add up.
     @staticmethod
     def forward(ctx, x_MD, residual_MD, weight, eps, offset, casting_mode):
         y_MD, summed_MD, rstd_M = residual_rms_norm_forward(
