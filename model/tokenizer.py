@@ -71,9 +71,10 @@ class Tokenizer:
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """The ids of a text, with BOS (and EOS) where the model wants them."""
         try:
-            return self.vocabulary.encode(text, add_special)
-        except UnicodeError as error:
+            text.encode()
+        except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode: {error}") from None
+        return self.vocabulary.encode(text, add_special)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of ids. What is not UTF-8 becomes U+FFFD; padding stands for nothing."""
@@ -198,7 +199,8 @@ def _load_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
     that the model's settings ask for. This default and add_bos_token's are transformers 4's.
     """
     try:
-        model = file.read_bytes()
+        if not (model := file.read_bytes()):
+            raise RuntimeError("it is empty")
         library = SentencePieceProcessor(model_proto=model)
         inner = library
         if settings.get("legacy") is False:
@@ -268,9 +270,14 @@ def _added_tokens(file: Path, settings: Mapping[str, Any]) -> dict[int, AddedTok
     """Tokens beside the model's own, by id: added_tokens_decoder, else added_tokens.json."""
     try:
         if "added_tokens_decoder" in settings:
-            return {int(i): AddedToken(**t) for i, t in settings["added_tokens_decoder"].items()}
-        listed = _read_json(file.parent / "added_tokens.json")
-        return {int(i): AddedToken(token, normalized=False) for token, i in listed.items()}
+            listed = settings["added_tokens_decoder"].items()
+            added = {int(index): AddedToken(**fields) for index, fields in listed}
+        else:
+            listed = _read_json(file.parent / "added_tokens.json").items()
+            added = {int(index): AddedToken(token, normalized=False) for token, index in listed}
+        if not all(token.content for token in added.values()):
+            raise ValueError("an empty one")
+        return added
     except (TypeError, ValueError, AttributeError) as error:
         raise TokenizerError(f"{file}: malformed list of added tokens: {error}") from None
 
