@@ -1,0 +1,386 @@
+"""Tokens per second, plain and speculative, beside transformers: `draftnorm benchmark decode`.
+
+    draftnorm benchmark decode --target DIR --draft ngram -n 128 -r 5
+    draftnorm benchmark decode --target DIR -p 64,512 -n 64,256 -o json --plot speed.png
+
+All engines run greedily in one process on the same threads, take turns in each repeat after an
+untimed run, and are timed by the same clock: the arrival of committed tokens.
+
+*first token* is the time from the call to the first tokens; *tokens/s* counts what comes after them
+(so it leaves out prefill), median and spread over the repeats. Stop tokens are ignored: all decode
+as much. Without -p the prompt is the built-in one, code to edit; -p cuts or repeats it, which
+suits plain decoding: a repeated prompt flatters an n-gram drafter.
+"""
+
+if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from draftnorm.scripts.main import main
+
+    sys.exit(main(["benchmark", "decode", *sys.argv[1:]]))
+
+import argparse
+import csv
+import io
+import itertools
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from draftnorm.scripts import options
+
+if TYPE_CHECKING:
+    from draftnorm.scripts.report import Loaded
+
+SCHEMA = "draftnorm/benchmark-decode/1"
+LOOKUP_TOKENS = 10  # what transformers' documentation uses for prompt lookup
+# An engine decodes `new_tokens` after a prompt and hands over tokens as it commits them.
+Emit = Callable[[Sequence[int]], None]
+Engine = Callable[[list[int], int, Emit], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """One run: seconds to the first tokens, rate of the others (None if there are none)."""
+
+    first_token_seconds: float
+    tokens_per_second: float | None
+    token_ids: tuple[int, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", metavar="PATH|NAME|HUB_ID", help="default: the embedded target")
+    parser.add_argument(
+        "--draft", type=_words, default=["ngram"], metavar="D,D", help="drafters (default: ngram)"
+    )
+    parser.add_argument(
+        "--draft-length",
+        type=lambda text: [options.draft_length(word) for word in _words(text)],
+        default=["auto"],
+        metavar="N|auto,…",
+    )
+    parser.add_argument(
+        "-p", dest="prompt_tokens", type=_counts, metavar="P,P", help="prompt tokens"
+    )
+    parser.add_argument("-n", dest="new_tokens", type=_counts, default=[128], metavar="N,N")
+    parser.add_argument("-r", dest="repeats", type=options.positive_int, default=3, metavar="R")
+    parser.add_argument("-o", dest="output", choices=["md", "csv", "json"], default="md")
+    parser.add_argument(
+        "--plot", type=Path, metavar="F.png", help="draw the rates (needs matplotlib)"
+    )
+    options.add_device_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every prompt length × new tokens × engine, and print one table or document."""
+    from draftnorm.scripts import report
+
+    target, load = measure_load(args)
+    engines = our_engines(target, args) | transformers_engines(target)
+    rows = []
+    for prompt_tokens, new_tokens in itertools.product(
+        args.prompt_tokens or [None], args.new_tokens
+    ):
+        prompt = benchmark_prompt(target, prompt_tokens)
+        rows += compare_engines(engines, prompt, new_tokens, args.repeats)
+    document = {
+        "schema": SCHEMA,
+        **report.describe_environment(target.model.device),
+        "transformers": report.package_version("transformers"),
+        "command": args.command_line,
+        "target": report.describe_checkpoint(target),
+        "load": load,
+        "repeats": args.repeats,
+        "results": rows,
+    }
+    print({"md": markdown, "csv": comma_separated, "json": report.dump}[args.output](document))
+    if args.plot:
+        draw(document, args.plot)
+    return 0
+
+
+def measure_load(args: argparse.Namespace) -> tuple["Loaded", dict[str, float]]:
+    """Load the target; say how fast, and how much host memory it took beyond what it keeps."""
+    from draftnorm.model.checkpoint import load_model  # torch's own memory counts before, not here
+    from draftnorm.model.tokenizer import load_tokenizer
+    from draftnorm.scripts.report import Loaded
+
+    path = options.resolve_checkpoint(args.target)
+    with _AnonymousMemory() as memory:
+        started = time.perf_counter()
+        model = load_model(path, device=args.device, dtype=options.torch_dtype(args.dtype))
+        seconds = time.perf_counter() - started
+    stored_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    name = args.target or "target"
+    tokenizer = load_tokenizer(path)
+    target = Loaded(name=name, path=path, model=model, tokenizer=tokenizer, seconds=seconds)
+    return target, {
+        "seconds": seconds,
+        "bytes": stored_bytes,
+        "bytes_per_second": stored_bytes / seconds,
+        "extra_host_bytes": memory.peak - memory.end,
+    }
+
+
+def benchmark_prompt(target: "Loaded", prompt_tokens: int | None) -> list[int]:
+    """The built-in prompt as a chat, or its text cut or repeated to `prompt_tokens`."""
+    if prompt_tokens is None and target.tokenizer.chat_template is not None:
+        return target.tokenizer.encode_chat([{"role": "user", "content": options.DEMO_PROMPT}])
+    text = target.tokenizer.encode(options.DEMO_PROMPT)
+    return list(itertools.islice(itertools.cycle(text), prompt_tokens or len(text)))
+
+
+def our_engines(target: "Loaded", args: argparse.Namespace) -> dict[str, Engine]:
+    """Plain decoding, and speculation for each drafter and draft length."""
+    from draftnorm.decoding.generation import generate
+    from draftnorm.decoding.speculation import speculate
+
+    def plain(prompt: list[int], new_tokens: int, emit: Emit) -> None:
+        for chunk in generate(
+            target.model, None, prompt, max_new_tokens=new_tokens, ignore_eos=True
+        ):
+            emit(chunk.token_ids)
+
+    def speculative(draft: "Loaded | str", length: int | str) -> Engine:
+        drafter = draft if isinstance(draft, str) else draft.model
+
+        def engine(prompt: list[int], new_tokens: int, emit: Emit) -> None:
+            for chunk in speculate(
+                target.model,
+                None,
+                prompt,
+                draft=drafter,
+                draft_length=length,
+                max_new_tokens=new_tokens,
+                ignore_eos=True,
+            ):
+                emit(chunk.token_ids)
+
+        return engine
+
+    engines: dict[str, Engine] = {"draftnorm plain": plain}
+    for name in args.draft:
+        draft = name if name == "ngram" else options.load(name, args, default="draft")
+        for length in args.draft_length:
+            engines[f"draftnorm {Path(name).name}, length {length}"] = speculative(draft, length)
+    return engines
+
+
+def transformers_engines(target: "Loaded") -> dict[str, Engine]:
+    """Greedy decoding and prompt lookup in transformers; nothing, with a note, without it."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.generation.streamers import BaseStreamer
+        from transformers.utils import logging
+    except ImportError:
+        print("transformers is not installed: measuring draftnorm alone", file=sys.stderr)
+        return {}
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(target.path, dtype=target.model.dtype)
+    model = model.to(target.model.device).eval()
+
+    class Stream(BaseStreamer):
+        def __init__(self, emit: Emit) -> None:
+            self.emit, self.prompt_passed = emit, False
+
+        def put(self, value: torch.Tensor) -> None:
+            if self.prompt_passed:
+                self.emit(value.flatten().tolist())
+            self.prompt_passed = True
+
+        def end(self) -> None:
+            pass
+
+    def engine(**settings: Any) -> Engine:
+        def decode(prompt: list[int], new_tokens: int, emit: Emit) -> None:
+            prompt_BT = torch.tensor([prompt], device=target.model.device)
+            model.generate(
+                prompt_BT,
+                attention_mask=torch.ones_like(prompt_BT),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                eos_token_id=None,
+                streamer=Stream(emit),
+                **settings,
+            )
+
+        return decode
+
+    return {
+        "transformers greedy": engine(),
+        "transformers prompt lookup": engine(prompt_lookup_num_tokens=LOOKUP_TOKENS),
+    }
+
+
+def compare_engines(
+    engines: dict[str, Engine], prompt: list[int], new_tokens: int, repeats: int
+) -> list[dict[str, Any]]:
+    """One row an engine. Repeats go round all engines, so that a slow minute hits them alike."""
+    for engine in engines.values():
+        measure(engine, prompt, min(new_tokens, 8))
+    timings: dict[str, list[Timing]] = {name: [] for name in engines}
+    for _ in range(repeats):
+        for name, engine in engines.items():
+            timings[name].append(measure(engine, prompt, new_tokens))
+
+    def median(name: str) -> float | None:
+        rates = [t.tokens_per_second for t in timings.get(name, ()) if t.tokens_per_second]
+        return statistics.median(rates) if rates else None
+
+    reference = timings["draftnorm plain"][0].token_ids
+    rows = []
+    for name, runs in timings.items():
+        rates = [run.tokens_per_second for run in runs if run.tokens_per_second]
+        row = {
+            "prompt_tokens": len(prompt),
+            "new_tokens": new_tokens,
+            "engine": name,
+            "tokens_per_second": median(name),
+            "slowest": min(rates, default=None),
+            "fastest": max(rates, default=None),
+            "first_token_seconds": statistics.median(run.first_token_seconds for run in runs),
+            "same_tokens_as_plain": all(run.token_ids == reference for run in runs),
+        }
+        for key, other in (("plain", "draftnorm plain"), ("transformers", "transformers greedy")):
+            base = median(other)
+            row[f"times_{key}"] = median(name) / base if base and rates else None
+        rows.append(row)
+    return rows
+
+
+def measure(engine: Engine, prompt: list[int], new_tokens: int) -> Timing:
+    """Time one run by the arrival of its tokens."""
+    arrivals: list[tuple[float, Sequence[int]]] = []
+    started = time.perf_counter()
+    engine(prompt, new_tokens, lambda ids: arrivals.append((time.perf_counter(), ids)))
+    tokens = tuple(itertools.chain.from_iterable(ids for _, ids in arrivals))
+    first, last = arrivals[0][0], arrivals[-1][0]
+    later = len(tokens) - len(arrivals[0][1])
+    return Timing(
+        first_token_seconds=first - started,
+        tokens_per_second=later / (last - first) if later else None,
+        token_ids=tokens,
+    )
+
+
+class _AnonymousMemory:
+    """Samples this process's anonymous memory (mapped files are not ours) each millisecond.
+
+    The kernel keeps a peak of all resident memory only, in which a mapped checkpoint would show.
+    """
+
+    def __enter__(self) -> "_AnonymousMemory":
+        self.peak, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.end = self._now()
+        self.peak = max(self.peak, self.end)
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.001):
+            self.peak = max(self.peak, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        with open("/proc/self/status") as status:
+            lines = [line for line in status if line.startswith("RssAnon")]
+        return int(lines[0].split()[1]) * 1024
+
+
+def headline(document: dict[str, Any]) -> str:
+    """Hardware and versions, on one line."""
+    hardware = document["hardware"]
+    packages = ("draftnorm", "torch", "triton", "transformers")
+    versions = [f"{name} {document[name]}" for name in packages if document[name]]
+    parts = [hardware["name"], f"{hardware['device']}, {hardware['threads']} threads", *versions]
+    return " · ".join([*parts, document["date"][:10]])
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """A table that can be pasted."""
+    target, load = document["target"], document["load"]
+    lines = [
+        headline(document),
+        "",
+        f"{target['name']}, {target['parameters'] / 1e6:,.1f} M parameters, {target['dtype']}: "
+        f"{load['bytes'] / 1e6:,.0f} MB loaded in {load['seconds']:.2f} s "
+        f"({load['bytes_per_second'] / 1e9:.2f} GB/s), {load['extra_host_bytes'] / 1e6:,.0f} MB of "
+        f"host memory beyond the model's own. Greedy, median of {document['repeats']}.",
+        "",
+        "| prompt | new | engine | tokens/s | spread | first token | × plain | × transformers "
+        "| tokens as plain |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in document["results"]:
+        cells = [
+            str(row["prompt_tokens"]),
+            str(row["new_tokens"]),
+            row["engine"],
+            _cell(row["tokens_per_second"], 1),
+            f"{_cell(row['slowest'], 1)} – {_cell(row['fastest'], 1)}",
+            f"{row['first_token_seconds']:.3f} s",
+            _cell(row["times_plain"], 2),
+            _cell(row["times_transformers"], 2),
+            "yes" if row["same_tokens_as_plain"] else "no",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def comma_separated(document: dict[str, Any]) -> str:
+    """The results alone, under a comment line that names hardware and versions."""
+    out = io.StringIO()
+    out.write(f"# {headline(document)}\n")
+    writer = csv.DictWriter(out, document["results"][0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(document["results"])
+    return out.getvalue().rstrip("\n")
+
+
+def draw(document: dict[str, Any], file: Path) -> None:
+    """One bar a result, with its spread."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install 'draftnorm[plot]'") from error
+    rows = [row for row in document["results"] if row["tokens_per_second"]]
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(
+        [f"{row['engine']} ({row['prompt_tokens']} + {row['new_tokens']})" for row in rows],
+        [row["tokens_per_second"] for row in rows],
+        xerr=[
+            [row["tokens_per_second"] - row["slowest"] for row in rows],
+            [row["fastest"] - row["tokens_per_second"] for row in rows],
+        ],
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens/s after the first")
+    axes.set_title(headline(document), fontsize="small")
+    figure.savefig(file, dpi=150)
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _counts(text: str) -> list[int]:
+    return [options.positive_int(word) for word in _words(text)]

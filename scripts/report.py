@@ -1,0 +1,275 @@
+"""The one JSON document that a decoding run ends in: speculate.schema.json is its committed schema.
+
+Every key is always there; null means not measured. Seconds, bytes and tokens are the only units.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import draftnorm
+from draftnorm.decoding.sampling import SamplingConfig
+from draftnorm.decoding.statistics import Result
+from draftnorm.model.cache import KVCache
+from draftnorm.model.tokenizer import Tokenizer
+from draftnorm.model.transformer import Transformer
+
+SCHEMA = "draftnorm/speculate/1"
+SCHEMA_FILE = Path(__file__).with_name("speculate.schema.json")
+_SPECULATIVE_KEYS = (
+    *("cycles", "drafted", "accepted", "discarded", "tokens_per_cycle", "acceptance_rate"),
+    *("acceptance_by_position", "draft_seconds", "verify_seconds", "experts_per_layer"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A checkpoint in memory, and what it took."""
+
+    name: str
+    path: Path
+    model: Transformer
+    tokenizer: Tokenizer
+    seconds: float
+
+
+def build_document(
+    *,
+    command: str,
+    target: Loaded,
+    draft: Loaded | str,
+    sampling: SamplingConfig,
+    draft_length: int | str,
+    acceptance: str,
+    plain: Result | None,
+    speculative: Result | None,
+    prompt_ids: Sequence[int],
+    compile_seconds: float | None = None,
+) -> dict[str, Any]:
+    """All that is known of a run, `plain` or `speculative` or both, keyed as contract 5 lists."""
+    shown = speculative or plain
+    document = {
+        "schema": SCHEMA,
+        **describe_environment(target.model.device),
+        "command": command,
+        "target": describe_checkpoint(target),
+        "draft": describe_checkpoint(draft),
+        "sampling": {key: getattr(sampling, key) for key in sampling.__dataclass_fields__},
+        "draft_length": draft_length if speculative else None,
+        "acceptance": acceptance if speculative else None,
+        "text": shown.text,
+        "token_ids": list(shown.token_ids),
+        "prompt_tokens": shown.prompt_tokens,
+        "stop_reason": shown.stop_reason,
+        "load_seconds": target.seconds + (draft.seconds if isinstance(draft, Loaded) else 0.0),
+        "compile_seconds": compile_seconds,
+        "capture_seconds": None,
+        "prefill_seconds": dict(shown.prefill_seconds),
+        "time_to_first_token": shown.time_to_first_token,
+        "plain": _speed(plain),
+        "speculative": _speed(speculative) | _speculation(speculative),
+        "speedup": None,
+        "speedup_end_to_end": None,
+        "predicted_speedup": None,
+        "identical": None,
+        "first_difference": None,
+        "peak_memory_bytes": _peak_memory_bytes(target.model.device),
+        "bandwidth_fraction": None,
+    }
+    if plain and speculative and "interrupted" not in (plain.stop_reason, speculative.stop_reason):
+        document |= compare(plain, speculative)
+        if not document["identical"]:
+            document["first_difference"] |= _explain(
+                document["first_difference"], target, prompt_ids, plain
+            )
+    return document
+
+
+def compare(plain: Result, speculative: Result) -> dict[str, Any]:
+    """Speed-ups and token identity of two finished runs of one prompt (measured side by side)."""
+    position = next(
+        (
+            i
+            for i, pair in enumerate(zip(plain.token_ids, speculative.token_ids, strict=False))
+            if pair[0] != pair[1]
+        ),
+        min(len(plain.token_ids), len(speculative.token_ids)),
+    )
+    identical = tuple(plain.token_ids) == tuple(speculative.token_ids)
+    difference = {
+        "position": position,
+        "plain_token": _at(plain.token_ids, position),
+        "speculative_token": _at(speculative.token_ids, position),
+    }
+    return {
+        "speedup": _ratio(speculative.tokens_per_second, plain.tokens_per_second),
+        "speedup_end_to_end": _ratio(_rate_after_load(speculative), _rate_after_load(plain)),
+        "predicted_speedup": _predicted_speedup(plain, speculative),
+        "identical": identical,
+        "first_difference": None if identical else difference,
+    }
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """What produced the numbers: versions, commit, date and hardware."""
+    return {
+        "draftnorm": draftnorm.__version__,
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {
+            "device": device.type,
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+        },
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+    }
+
+
+def describe_checkpoint(checkpoint: Loaded | str) -> dict[str, Any]:
+    """Name, size and identity of a checkpoint; a drafter without weights has a name alone."""
+    if isinstance(checkpoint, str):
+        return {
+            "name": checkpoint,
+            "parameters": None,
+            "dtype": None,
+            "bytes": None,
+            "sha256": None,
+        }
+    parameters = list(checkpoint.model.parameters())
+    return {
+        "name": checkpoint.name,
+        "parameters": sum(p.numel() for p in parameters),
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "sha256": {
+            "config": hashlib.sha256((checkpoint.path / "config.json").read_bytes()).hexdigest(),
+            "index": hashlib.sha256(_index_bytes(checkpoint.path)).hexdigest(),
+        },
+    }
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a package, without importing it; None if it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def dump(document: dict[str, Any]) -> str:
+    """The document as JSON text. NaN and infinity are not JSON, so they are an error here."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _index_bytes(path: Path) -> bytes:
+    """What names the tensors: the index, or the header of the only file (length comes first)."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return index.read_bytes()
+    with open(path / "model.safetensors", "rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def _speed(result: Result | None) -> dict[str, float | None]:
+    if result is None:
+        return {"seconds": None, "tokens_per_second": None}
+    return {"seconds": result.seconds, "tokens_per_second": result.tokens_per_second}
+
+
+def _speculation(result: Result | None) -> dict[str, Any]:
+    if result is None:
+        return dict.fromkeys(_SPECULATIVE_KEYS)
+    statistics = result.to_json()["speculation"]
+    return {key: statistics[key] for key in _SPECULATIVE_KEYS}
+
+
+def _explain(
+    difference: dict[str, Any], target: Loaded, prompt_ids: Sequence[int], plain: Result
+) -> dict[str, Any]:
+    """The tokens as text, and how near a tie it was: the gap of the target's top two logits."""
+    tokens = torch.tensor([*prompt_ids, *plain.token_ids[: difference["position"]]])
+    cache = KVCache(
+        target.model.config,
+        capacity=len(tokens),
+        device=target.model.device,
+        dtype=target.model.dtype,
+    )
+    with torch.inference_mode():
+        logits_V: Tensor = target.model.prefill(tokens.to(target.model.device), cache)
+    first, second = logits_V.float().topk(2).values.tolist()
+
+    def text(token: int | None) -> str:
+        return "" if token is None else target.tokenizer.decode([token])
+
+    return {
+        "plain_text": text(difference["plain_token"]),
+        "speculative_text": text(difference["speculative_token"]),
+        "top_two_gap": first - second,
+    }
+
+
+def _predicted_speedup(plain: Result, speculative: Result) -> float | None:
+    """Tokens per cycle · t_plain / t_cycle, a cycle being its separately timed draft and verify."""
+    parts = speculative.to_json()["speculation"]
+    cycle_seconds = _ratio(parts["draft_seconds"] + parts["verify_seconds"], parts["cycles"])
+    plain_seconds = _ratio(1.0, plain.tokens_per_second)
+    if not cycle_seconds or not plain_seconds:
+        return None
+    return parts["tokens_per_cycle"] * plain_seconds / cycle_seconds
+
+
+def _rate_after_load(result: Result) -> float | None:
+    return _ratio(len(result.token_ids), (result.time_to_first_token or 0.0) + result.seconds)
+
+
+def _ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return numerator / denominator if numerator is not None and denominator else None
+
+
+def _at(tokens: tuple[int, ...], position: int) -> int | None:
+    return tokens[position] if position < len(tokens) else None
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Device memory on CUDA, the process's resident memory on the CPU (kilobytes on Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@cache
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the running checkout, marked when files differ; None in an installed wheel."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

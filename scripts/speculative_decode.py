@@ -1,0 +1,200 @@
+"""Decode with a drafter and say what it brought: `draftnorm speculate`.
+
+    draftnorm speculate --target DIR --draft ngram --prompt "Rewrite ..." --compare
+    draftnorm speculate --target BIG --draft SMALL --draft-length 4 --temperature 0.8 --json
+
+Text streams to stdout as it is committed, numbers go to stderr. `--compare` decodes plainly too:
+with `--acceptance exact` the tokens must be the same, whatever the drafter and the draft length.
+"""
+
+if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from draftnorm.scripts.main import main
+
+    sys.exit(main(["speculate", *sys.argv[1:]]))
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from draftnorm.scripts import options, terminal
+
+if TYPE_CHECKING:
+    from draftnorm.decoding.generation import Generation
+    from draftnorm.decoding.sampling import SamplingConfig
+    from draftnorm.decoding.statistics import Result
+    from draftnorm.scripts.report import Loaded
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_run_arguments(parser)
+    drafting = parser.add_argument_group("speculation")
+    drafting.add_argument(
+        "--draft", metavar="PATH|NAME|HUB_ID|ngram|none", help="default: the embedded draft model"
+    )
+    drafting.add_argument(
+        "--draft-length", type=options.draft_length, default="auto", metavar="N|auto"
+    )
+    drafting.add_argument("--acceptance", choices=["exact", "rejection"], default="exact")
+    drafting.add_argument(
+        "--compare",
+        action="store_true",
+        help="decode plainly too and compare; on without a prompt of your own",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decode, report; 0, or 1 if exact speculation changed the tokens on CUDA, or 130."""
+    if args.list:
+        return list_built_in()
+    prompt = options.read_prompt(args)
+    sampling = options.sampling_config(args)
+    target = options.load(args.target, args)
+    draft: Loaded | str = args.draft or "draft"
+    if draft not in ("ngram", "none"):
+        draft = options.load(args.draft, args, default="draft")
+    own_prompt = args.prompt is not None or args.prompt_file is not None
+    comparing = draft != "none" and (args.compare or not own_prompt)
+
+    from draftnorm.scripts import report
+
+    decoder = _Decoder(args, prompt, sampling, target, draft)
+    compile_seconds = decoder.warm_up() if target.model.device.type == "cuda" else None
+    out = terminal.TextStream()
+    console = terminal.stderr_console()
+    if not args.json:
+        console.print(_headline(target, draft), style="dim")
+        if out.styled and draft != "none":
+            terminal.show_legend(console)
+    shown = decoder.run("none" if draft == "none" else draft, None if args.json else out)
+    plain, speculative = (shown, None) if draft == "none" else (None, shown)
+    if comparing and shown.stop_reason != "interrupted":
+        if not args.json:
+            console.print("plain decoding of the same prompt, to compare …", style="dim")
+        plain = decoder.run("none", None)
+
+    document = report.build_document(
+        command=args.command_line,
+        target=target,
+        draft=draft,
+        sampling=sampling,
+        draft_length=args.draft_length,
+        acceptance=args.acceptance,
+        plain=plain,
+        speculative=speculative,
+        prompt_ids=decoder.prompt_ids,
+        compile_seconds=compile_seconds,
+    )
+    if args.json:
+        print(report.dump(document))
+    else:
+        terminal.show_summary(document, console)
+    if "interrupted" in (shown.stop_reason, plain and plain.stop_reason):
+        return 130
+    check_exactness(document)
+    return 0
+
+
+def check_exactness(document: dict[str, Any]) -> None:
+    """Raise ValueError if exact speculation changed the tokens on CUDA, where it never may.
+
+    On the CPU a genuine near-tie of library products may do it; there the report says so.
+    """
+    promised = document["acceptance"] == "exact" and document["hardware"]["device"] == "cuda"
+    if promised and document["identical"] is False:
+        raise ValueError(f"exact speculation changed the tokens: {terminal.verdict(document)}")
+
+
+def list_built_in() -> int:
+    """Print the names that --target and --draft take without a path."""
+    for name in options.EMBEDDED:
+        here = (options.EMBEDDED_FOLDER / name).is_dir()
+        print(f"{name:14} embedded{'' if here else ', not in this version'}")
+    for name in options.FETCHABLE:
+        folder = options.FETCHED_FOLDER / name
+        fetch = f"draftnorm fetch {name} --output {folder}"
+        print(f"{name:14} {folder if folder.is_dir() else fetch}")
+    print(f"{'ngram':14} drafts the longest suffix match of prompt and output (--draft only)")
+    return 0
+
+
+class _Decoder:
+    """One prompt and its settings, decoded as often as asked."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        prompt: str,
+        sampling: "SamplingConfig",
+        target: "Loaded",
+        draft: "Loaded | str",
+    ) -> None:
+        from draftnorm.decoding.generation import Request
+
+        self.args, self.sampling, self.target, self.draft = args, sampling, target, draft
+        request = Request.of(
+            target.model, target.tokenizer, prompt, chat=not args.raw, system=args.system
+        )
+        self.prompt_ids = request.prompt_ids
+
+    def warm_up(self) -> float:
+        """Compile the kernels outside of what is timed; return the seconds it took."""
+        started = time.perf_counter()
+        for draft in {"none", self.draft if isinstance(self.draft, str) else "model"}:
+            self._start("none" if draft == "none" else self.draft, max_new_tokens=8).result()
+        return time.perf_counter() - started
+
+    def run(self, draft: "Loaded | str", out: terminal.TextStream | None) -> "Result":
+        """Decode to the end, or to Ctrl-C; what was committed until then is in the result."""
+        generation = self._start(draft, max_new_tokens=self.args.max_new_tokens)
+        try:
+            _stream(generation, out)
+        except KeyboardInterrupt:
+            generation.close()
+            _stream(generation, out)  # what was held back, as the start of a stop string, say
+        if out is not None:
+            out.close()
+        return generation.result()
+
+    def _start(self, draft: "Loaded | str", max_new_tokens: int) -> "Generation":
+        from draftnorm.decoding.generation import generate
+        from draftnorm.decoding.speculation import speculate
+
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "sampling": self.sampling,
+            "stop": tuple(self.args.stop),
+            "ignore_eos": self.args.ignore_eos,
+            "context": self.args.context,
+        }
+        if draft == "none":
+            return generate(self.target.model, self.target.tokenizer, self.prompt_ids, **settings)
+        if not isinstance(draft, str):
+            settings["draft_tokenizer"] = draft.tokenizer
+        return speculate(
+            self.target.model,
+            self.target.tokenizer,
+            self.prompt_ids,
+            draft=draft if isinstance(draft, str) else draft.model,
+            draft_length=self.args.draft_length,
+            acceptance=self.args.acceptance,
+            **settings,
+        )
+
+
+def _stream(generation: "Generation", out: terminal.TextStream | None) -> None:
+    for chunk in generation:
+        if out is not None:
+            out.write(chunk.text, chunk.drafted)
+
+
+def _headline(target: "Loaded", draft: "Loaded | str") -> str:
+    model = target.model
+    parameters = sum(p.numel() for p in model.parameters())
+    drafter = draft if isinstance(draft, str) else draft.name
+    device = f"{model.device.type}, {str(model.dtype).removeprefix('torch.')}"
+    with_draft = "" if drafter == "none" else f" · draft {drafter}"
+    return f"{target.name} · {parameters / 1e6:,.0f} M parameters · {device}{with_draft}"

@@ -1,0 +1,160 @@
+"""What a person sees: streamed text on stdout, everything else on stderr.
+
+On a terminal, draft tokens that the target accepted are coloured and underlined, so that one sees
+speculation work; into a pipe goes the text alone. NO_COLOR leaves the underline and drops colour.
+"""
+
+import os
+import sys
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+DEFINITIONS = {
+    "tokens per cycle": "committed tokens / target verifications, bonus included",
+    "acceptance rate": "accepted / drafted",
+    "by position": "of the cycles that accepted drafts 1 … i-1, the share that accepted draft i",
+    "speed-up": "decode only, first cycle included",
+    "end to end": "speed-up of everything after load",
+    "predicted": "tokens per cycle · t_plain / t_cycle, from separately timed parts",
+}
+# C0 and C1 controls but newline and tab: a model's output must not drive the reader's terminal.
+_CONTROL_CHARACTERS = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(9), *range(11, 32), *range(127, 160))
+}
+_POSITIONS = 8  # shown of the acceptance by position; --json has all
+_NARROW = 100  # columns under which definitions move from the table to lines below it
+
+
+class TextStream:
+    """Writes chunks of committed text as they come."""
+
+    def __init__(self, out: IO[str] | None = None) -> None:
+        self.out = sys.stdout if out is None else out
+        self.styled = self.out.isatty() and os.environ.get("TERM") != "dumb"
+        self.mark = "\x1b[4m" if os.environ.get("NO_COLOR") else "\x1b[4;36m"
+        self.ends_line = True
+
+    def write(self, text: str, drafted: bool) -> None:
+        """Show `text` at once."""
+        if not text:
+            return
+        self.ends_line = text.endswith("\n")
+        if self.styled:
+            text = text.translate(_CONTROL_CHARACTERS)
+            text = f"{self.mark}{text}\x1b[0m" if drafted else text
+        self.out.write(text)
+        self.out.flush()
+
+    def close(self) -> None:
+        """End the last line, so that what follows starts its own."""
+        if not self.ends_line:
+            self.out.write("\n")
+        self.out.flush()
+
+
+def stderr_console() -> Console:
+    """A console for tables and notes; plain text when stderr is no terminal."""
+    return Console(stderr=True, highlight=False)
+
+
+def show_legend(console: Console) -> None:
+    """Explain the two looks of streamed text."""
+    console.print(Text.assemble(("drafted and accepted", "cyan underline"), " · the target's own"))
+
+
+def show_summary(document: dict[str, Any], console: Console) -> None:
+    """Print the numbers of one run (report.build_document) with their definitions, speeds last."""
+    plain, speculative = document["plain"], document["speculative"]
+    drafting = speculative["seconds"] is not None
+    comparing = drafting and plain["seconds"] is not None
+    rows = [
+        ("decode", _rate(plain), _rate(speculative)),
+        ("decode time", _seconds(plain["seconds"]), _seconds(speculative["seconds"])),
+    ]
+    if drafting:
+        shares = [_percent(share) for share in speculative["acceptance_by_position"] or ()]
+        by_position = " ".join(shares[:_POSITIONS]) + (" …" if len(shares) > _POSITIONS else "")
+        rows += [
+            ("tokens per cycle", "1.00", _number(speculative["tokens_per_cycle"])),
+            ("acceptance rate", "", _percent(speculative["acceptance_rate"])),
+            ("by position", "", by_position),
+        ]
+    if comparing:
+        rows += [
+            ("speed-up", "", _number(document["speedup"], " ×")),
+            ("end to end", "", _number(document["speedup_end_to_end"], " ×")),
+            ("predicted", "", _number(document["predicted_speedup"], " ×")),
+        ]
+
+    wide = console.width >= _NARROW
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    if comparing or not drafting:
+        table.add_column("plain", justify="right", style="bold")
+    if drafting:
+        table.add_column("speculative", justify="right", style="bold", overflow="fold")
+        if wide:
+            table.add_column("", style="dim")
+    for name, plain_cell, speculative_cell in rows:
+        cells = [name]
+        if comparing or not drafting:
+            cells.append(plain_cell)
+        if drafting:
+            cells.append(speculative_cell)
+            if wide:
+                cells.append(DEFINITIONS.get(name, ""))
+        table.add_row(*cells)
+    console.print()
+    console.print(table)
+    if drafting and not wide:
+        for name, *_ in rows:
+            if name in DEFINITIONS:
+                console.print(Text(f"{name}: {DEFINITIONS[name]}", style="dim"))
+    console.print(Text(_footer(document), style="dim"))
+    if comparing:
+        console.print(Text(verdict(document), style="bold"))
+
+
+def verdict(document: dict[str, Any]) -> str:
+    """Both speeds and whether the tokens are the same; where they first differ if not."""
+    plain, speculative = (_rate(document[run]) for run in ("plain", "speculative"))
+    speeds = f"plain {plain} · speculative {speculative} · "
+    if document["identical"]:
+        return speeds + "identical: yes"
+    difference = document["first_difference"]
+    gap = difference["top_two_gap"]
+    note = "" if gap is None else f", top-two gap {gap:.2g}"
+    texts = f"plain {difference['plain_text']!r}, speculative {difference['speculative_text']!r}"
+    return f"{speeds}identical: no, from token {difference['position']} on ({texts}{note})"
+
+
+def _footer(document: dict[str, Any]) -> str:
+    """Counts and settings that a reader needs to repeat the run."""
+    parts = [
+        f"{document['prompt_tokens']} + {len(document['token_ids'])} tokens",
+        f"ended by {document['stop_reason'].replace('_', ' ')}",
+        f"load {_seconds(document['load_seconds'])}",
+        f"first token after {_seconds(document['time_to_first_token'])}",
+    ]
+    if document["sampling"]["temperature"] > 0:
+        parts.append(f"seed {document['sampling']['seed']}")
+    return " · ".join(parts)
+
+
+def _rate(run: dict[str, Any]) -> str:
+    return _number(run["tokens_per_second"], " tokens/s", digits=1)
+
+
+def _seconds(seconds: float | None) -> str:
+    return _number(seconds, " s")
+
+
+def _number(value: float | None, unit: str = "", digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
