@@ -7,6 +7,8 @@ on a GPU it is nearly flat, and in a mixture of experts it depends on the text. 
 decoding, is one of the choices, so text that cannot be predicted costs a few probes and no more.
 """
 
+import math
+
 import numpy as np
 
 from draftnorm.decoding.statistics import Cycle
@@ -35,6 +37,7 @@ class AutoDraftLength:
     HYSTERESIS = 1.03  # a change of length must promise this much, so that noise changes nothing
     PROBE_SHARE = 0.02  # time that probes may cost; the promise is to lose at most 3 %
     PROBE_WAIT = 16, 256  # cycles between probes, at least and at most
+    HOPELESS = 1.5  # a probe that would cost this much more, even so seldom, was the last
 
     def __init__(self) -> None:
         self._acceptance, self._cost = Acceptance(), CycleCost()
@@ -60,39 +63,47 @@ class AutoDraftLength:
         """Probes back off until they cost PROBE_SHARE of the time; one that paid is repeated."""
         self._acceptance.fade()
         plain = self._cost.verify_seconds()[0]
-        loss = probe.seconds - plain * (1 + probe.accepted)
-        due = 0 if probe.accepted else loss / (self.PROBE_SHARE * plain)
-        self._wait = 0 if probe.accepted else int(np.clip(due, *self.PROBE_WAIT))
+        worth = plain * (1 + probe.accepted)
+        shortest, longest = self.PROBE_WAIT
+        if probe.draft_seconds + probe.verify_seconds < worth:
+            self._wait = 0
+            return
+        self._wait = max(shortest, (probe.seconds - worth) / (self.PROBE_SHARE * plain))
+        if self._wait > longest:
+            # What the drafter missed costs more the longer one waits: then waiting does not help.
+            hopeless = self._wait > self.HOPELESS * longest
+            self._wait = math.inf if hopeless else longest
 
     def _best(self) -> int:
         lengths = np.arange(MAX_DRAFT_LENGTH + 1)
         tokens = 1 + np.concatenate([[0], np.cumsum(np.cumprod(self._acceptance.rates()))])
         rates = tokens / (lengths * self._cost.draft_seconds + self._cost.verify_seconds())
         best = int(rates[: self._cost.horizon + 1].argmax())
-        # Stopping is not held back: hysteresis must not keep a loss going.
-        worthwhile = best == 0 or rates[best] > self.HYSTERESIS * rates[self._length]
-        return best if worthwhile else self._length
+        if rates[best] < self.HYSTERESIS * rates[0]:
+            return 0  # stopping is not held back: hysteresis must not keep a loss going
+        return best if rates[best] > self.HYSTERESIS * rates[self._length] else self._length
 
 
 class Acceptance:
     """Running acceptance by position, recent cycles counting most.
 
     Positions after the first rejection were never put to the test and count neither way. One that
-    has not been reached borrows the rate of the one before it.
+    was not reached lately borrows the rate of the one before it, and so is tried again.
     """
 
     DECAY = 0.9  # a memory of about ten cycles
-    PRIOR = 0.6  # of the first position, with the weight of one observation
+    PRIOR = 0.6  # the first position's rate before anything is known
+    BORROWED = 0.5  # weight, in observations, of the prior and of the position before
     FADED = 2.0  # the weight that old evidence keeps when a probe brings new
 
     def __init__(self) -> None:
         self._accepted, self._tested = np.zeros((2, MAX_DRAFT_LENGTH))
 
     def observe(self, cycle: Cycle) -> None:
-        tested = min(cycle.accepted + 1, cycle.drafted)
-        for counts, reached in (self._accepted, cycle.accepted), (self._tested, tested):
-            counts[:tested] *= self.DECAY
-            counts[:reached] += 1
+        self._accepted *= self.DECAY
+        self._tested *= self.DECAY
+        self._accepted[: cycle.accepted] += 1
+        self._tested[: min(cycle.accepted + 1, cycle.drafted)] += 1
 
     def fade(self) -> None:
         keep = np.minimum(1, self.FADED / np.maximum(self._tested, 1e-9))
@@ -102,7 +113,7 @@ class Acceptance:
     def rates(self) -> np.ndarray:
         rates, before = np.empty(MAX_DRAFT_LENGTH), self.PRIOR
         for i, (accepted, tested) in enumerate(zip(self._accepted, self._tested, strict=True)):
-            rates[i] = before = (accepted + before) / (tested + 1)
+            rates[i] = before = (accepted + self.BORROWED * before) / (tested + self.BORROWED)
         return rates
 
 

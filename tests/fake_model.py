@@ -3,7 +3,7 @@
 Its logits at a position are a function of the last `order` cached tokens and of the position, read
 back from a real KVCache, where it writes each token and its position as key and value. A cache that
 was rolled back wrongly, fed twice or written at a wrong position therefore changes its output or
-trips an assertion. It also records what it was fed, and can move a fake clock.
+trips an assertion. `on_pass(rows)` is called for every decode, so that tests can move a clock.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def config_of(vocab_size: int, context: int = 512, **fields) -> ModelConfig:
         num_layers=1,
         num_heads=1,
         num_kv_heads=1,
-        head_size=1,
+        head_size=2,  # the least; only the first component is used
         windows=(None,),
         **fields,
     )
@@ -52,20 +52,22 @@ class FakeModel:
         self.seed, self.order, self.sharpness = seed, order, sharpness
         self.logits_of = logits_of or self.random_logits
         self.on_pass = on_pass
-        self.passes: list[int] = []  # rows of each decode call
+        self._known: dict[tuple[int, ...], Tensor] = {}
 
     def random_logits(self, tokens: tuple[int, ...], position: int) -> Tensor:
         """Fixed random logits for every context; the same on every machine."""
-        digest = hashlib.blake2b(repr((self.seed, tokens)).encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        return self.sharpness * torch.randn(self.config.vocab_size, generator=generator)
+        if tokens not in self._known:
+            digest = hashlib.blake2b(repr((self.seed, tokens)).encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            logits_V = torch.randn(self.config.vocab_size, generator=generator)
+            self._known[tokens] = self.sharpness * logits_V
+        return self._known[tokens]
 
     def prefill(self, tokens: Sequence[int], cache: KVCache, *, sequence: int = 0) -> Tensor:
         assert len(tokens) > 0 and sequence == 0
         return self._append([int(t) for t in tokens], cache)[-1]
 
     def decode(self, tokens_BT: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-        self.passes.append(len(tokens_BT[0]))
         self.on_pass(len(tokens_BT[0]))
         return self._append([int(t) for t in tokens_BT[0]], cache)[None]
 
@@ -102,7 +104,7 @@ def fake_tokenizer(pieces: Sequence[str | bytes], **fields) -> Tokenizer:
         drops_space=False,
         roles={},
     )
-    return Tokenizer(vocabulary, **fields)
+    return Tokenizer(vocabulary=vocabulary, **fields)
 
 
 class ScriptedDrafter:

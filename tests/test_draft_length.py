@@ -1,0 +1,163 @@
+"""The automatic draft length under a fake clock: what it finds, loses and comes back to."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+from draftnorm.decoding.draft_length import MAX_DRAFT_LENGTH, AutoDraftLength, FixedDraftLength
+from draftnorm.decoding.generation import generate
+from draftnorm.decoding.speculation import speculate
+from draftnorm.decoding.statistics import Cycle
+from fake_model import FakeModel, ScriptedDrafter
+
+Verify = Callable[[int], float]
+
+
+def staircase(rows: int) -> float:
+    """A CPU computing rows in groups of four."""
+    return float(-(-rows // 4))
+
+
+def flat(rows: int) -> float:
+    """A GPU reading weights: a row more costs two percent."""
+    return 1 + 0.02 * (rows - 1)
+
+
+def steep(rows: int) -> float:
+    """A mixture of experts: each row brings its own."""
+    return 1 + 0.35 * (rows - 1)
+
+
+def simulate(
+    length, text: list[float], draft: float, verify: Verify, *, seed: int = 0
+) -> tuple[float, list[tuple[int, int]]]:
+    """Decode text whose token i a draft foresees with probability text[i].
+
+    Returns the time, in plain steps, and (position, drafts) of each cycle. Catching up on a missed
+    token costs a twentieth of a draft, as a prefill does.
+    """
+    rng = random.Random(seed)
+    seconds, position, missed, cycles = 0.0, 0, 0, []
+    while position < len(text):
+        drafted = min(length.next(), len(text) - position - 1)
+        accepted = 0
+        while accepted < drafted and rng.random() < text[position + accepted]:
+            accepted += 1
+        cycle = Cycle(
+            drafted=drafted,
+            accepted=accepted,
+            catch_up_seconds=0.05 * draft * missed if drafted else 0.0,
+            draft_seconds=draft * drafted,
+            verify_seconds=verify(drafted + 1),
+        )
+        missed = 0 if drafted else missed + 1
+        cycles.append((position, drafted))
+        seconds += cycle.seconds
+        position += accepted + 1
+        length.observe(cycle)
+    return seconds, cycles
+
+
+@pytest.mark.parametrize("draft", [0.0, 0.05, 0.1, 0.25])
+@pytest.mark.parametrize("verify", [staircase, flat, steep])
+@pytest.mark.parametrize("tokens", [256, 1000])
+def test_loses_at_most_3_percent_on_random_text(draft: float, verify: Verify, tokens: int) -> None:
+    for chance in (0.0, 0.01):  # of a lucky guess
+        for seed in range(3):
+            text = [chance] * tokens
+            assert simulate(AutoDraftLength(), text, draft, verify, seed=seed)[0] <= 1.03 * tokens
+
+
+@pytest.mark.parametrize("draft", [0.0, 0.1, 0.25])
+@pytest.mark.parametrize("verify", [staircase, flat])
+@pytest.mark.parametrize("between", [60, 100, 250, 600])
+def test_comes_back_within_64_tokens(draft: float, verify: Verify, between: int) -> None:
+    """Easy, random, easy: drafting in earnest again, however long the random part was."""
+    text = [1.0] * 100 + [0.0] * between + [1.0] * 120
+    _, cycles = simulate(AutoDraftLength(), text, draft, verify)
+    back = 100 + between
+    during = [drafts for position, drafts in cycles if 130 <= position < back]
+    if draft > 0:  # where a rejected draft costs next to nothing it may go on
+        assert sum(drafts > 0 for drafts in during) <= len(during) / 3
+    assert next(position for position, drafts in cycles if position >= back and drafts >= 3) <= (
+        back + 64
+    )
+
+
+@pytest.mark.parametrize("verify", [staircase, flat, steep])
+@pytest.mark.parametrize("draft", [0.02, 0.1, 0.25])
+@pytest.mark.parametrize("chance", [0.3, 0.6, 0.8, 0.95])
+def test_is_near_the_best_fixed_length(verify: Verify, draft: float, chance: float) -> None:
+    """Within 8 % of the best of all fixed lengths and plain decoding, both averaged over seeds."""
+
+    class Never:
+        def next(self) -> int:
+            return 0
+
+        def observe(self, cycle: Cycle) -> None: ...
+
+    def mean(make: Callable) -> float:
+        return sum(simulate(make(), text, draft, verify, seed=s)[0] for s in range(4))
+
+    text = [chance] * 600
+    fixed = [lambda n=n: FixedDraftLength(n) for n in range(1, MAX_DRAFT_LENGTH + 1)]
+    assert mean(AutoDraftLength) <= 1.08 * min(map(mean, [Never, *fixed]))
+
+
+def test_one_slow_call_is_not_believed_for_good() -> None:
+    """A verify that takes ten times as long once, early, as first calls do."""
+    for slow in range(6):
+        calls = iter(range(10**6))
+
+        def disturbed(rows: int, slow: int = slow, calls=calls) -> float:
+            return flat(rows) * (10 if next(calls) == slow else 1)
+
+        seconds, cycles = simulate(AutoDraftLength(), [0.95] * 600, 0.05, disturbed)
+        assert max(drafts for _, drafts in cycles) > 7
+        assert seconds < 0.4 * 600
+
+
+def test_an_unaffordable_draft_is_given_up() -> None:
+    """A draft as dear as the target: a little is lost finding out, then nothing more."""
+    text = [0.9] * 2000
+    seconds, cycles = simulate(AutoDraftLength(), text, 1.0, flat)
+    assert seconds <= 1.03 * len(text)
+    assert all(drafts == 0 for position, drafts in cycles if position > 1000)
+
+
+def test_fixed_lengths() -> None:
+    assert FixedDraftLength(15).next() == 15
+    for wrong in (0, 16, 2.5, "many"):
+        with pytest.raises(ValueError, match="draft_length must be 1 … 15"):
+            FixedDraftLength(wrong)
+
+
+@pytest.mark.parametrize("verify", [staircase, flat])
+def test_in_the_real_loop_under_a_fake_clock(verify: Verify) -> None:
+    """The same through `speculate`, where target and drafter move the clock."""
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    target = FakeModel(50, on_pass=lambda rows: spend(verify(rows)))
+    options = dict(max_new_tokens=400, clock=lambda: now[0])
+    plain = generate(target, None, [1, 2], **options).result()
+    known = [1, 2, *plain.token_ids, *[0] * MAX_DRAFT_LENGTH]
+
+    def guess(tokens: list[int], length: int) -> list[int]:
+        """Right outside of 100 … 250, wrong inside."""
+        spend(0.1 * length)
+        return [
+            (known[i] + (100 <= i < 250)) % 50 for i in range(len(tokens), len(tokens) + length)
+        ]
+
+    fast = speculate(target, None, [1, 2], draft=ScriptedDrafter(guess), **options).result()
+    assert fast.token_ids == plain.token_ids
+    assert plain.seconds == pytest.approx(399)
+    assert fast.seconds < 0.8 * plain.seconds
+    wrong = ScriptedDrafter(lambda tokens, n: [(t + 1) % 50 for t in guess(tokens, n)])
+    known = [*known[:100], *[t - 1 for t in known[100:250]], *known[250:]]
+    slow = speculate(target, None, [1, 2], draft=wrong, **options).result()
+    assert slow.token_ids == plain.token_ids
+    assert slow.seconds <= 1.03 * plain.seconds
