@@ -78,8 +78,8 @@ def warp(logits_V: Tensor, sampling: SamplingConfig) -> Tensor:
     """Logits over temperature, −inf where top-k, top-p or min-p exclude a token.
 
     fp32, and in the order of transformers' warpers, each seeing what the one before it left. As
-    there, tokens that tie with the k-th are kept, and at least one token always is. Where top-p cuts
-    through a tie, which transformers leaves to chance, the lowest ids stay.
+    there, tokens that tie with the k-th are kept, and at least one token always is. Where top-p
+    cuts through a tie, which transformers leaves to chance, the lowest ids stay.
     """
     scores_V = logits_V.float() / sampling.temperature
     if sampling.top_k:

@@ -10,10 +10,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.tokenizer import Tokenizer, Vocabulary
-from torch import Tensor
 
 
 def config_of(vocab_size: int, context: int = 512, **fields) -> ModelConfig:

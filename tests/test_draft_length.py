@@ -4,11 +4,12 @@ import random
 from collections.abc import Callable
 
 import pytest
+from fake_model import FakeModel, ScriptedDrafter
+
 from draftnorm.decoding.draft_length import MAX_DRAFT_LENGTH, AutoDraftLength, FixedDraftLength
 from draftnorm.decoding.generation import generate
 from draftnorm.decoding.speculation import speculate
 from draftnorm.decoding.statistics import Cycle
-from fake_model import FakeModel, ScriptedDrafter
 
 Verify = Callable[[int], float]
 

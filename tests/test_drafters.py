@@ -3,9 +3,10 @@
 import random
 
 import pytest
+from fake_model import FakeModel, config_of, fake_tokenizer
+
 from draftnorm.decoding.drafters import ModelDrafter, NgramDrafter, check_vocabularies
 from draftnorm.decoding.sampling import Sampler, SamplingConfig
-from fake_model import FakeModel, config_of, fake_tokenizer
 
 
 def slow_lookup(tokens: list[int], length: int, shortest: int, longest: int) -> list[int]:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from fake_model import FakeModel, ScriptedDrafter, fake_tokenizer
+
 from draftnorm.decoding.generation import generate
 from draftnorm.decoding.speculation import speculate
-from fake_model import FakeModel, ScriptedDrafter, fake_tokenizer
 
 
 def reciting(text_ids: list[int], vocab_size: int, **options) -> FakeModel:

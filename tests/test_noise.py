@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from draftnorm.decoding.noise import ACCEPT, EXACT, Noise, philox4x32
 
 # counter, key, output: kat_vectors of Random123 1.14 (Salmon et al. 2011), "philox4x32 10".

@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from draftnorm.decoding.noise import EXACT, RESIDUAL
-from draftnorm.decoding.sampling import Sampler, SamplingConfig, warp
 from scipy.stats import chisquare
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -14,6 +12,9 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from draftnorm.decoding.noise import EXACT, RESIDUAL
+from draftnorm.decoding.sampling import Sampler, SamplingConfig, warp
 
 CONFIGS = [
     dict(temperature=t, top_k=k, top_p=p, min_p=m)

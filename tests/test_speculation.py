@@ -8,13 +8,14 @@ import logging
 
 import pytest
 import torch
+from fake_model import FakeModel, ScriptedDrafter, fake_tokenizer
+
 from draftnorm.decoding.drafters import NgramDrafter
 from draftnorm.decoding.generation import generate
 from draftnorm.decoding.sampling import SamplingConfig
 from draftnorm.decoding.speculation import speculate
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.transformer import Transformer
-from fake_model import FakeModel, ScriptedDrafter, fake_tokenizer
 
 V = 13
 GREEDY = SamplingConfig()

@@ -1,6 +1,7 @@
 """The definitions of contract 5 on cycles counted by hand."""
 
 import pytest
+
 from draftnorm.decoding.statistics import Cycle, SpeculationStatistics
 
 

@@ -6,6 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from fake_model import FakeModel, ScriptedDrafter
+from scipy.stats import chisquare
+
 from draftnorm.decoding.generation import generate
 from draftnorm.decoding.sampling import Sampler, SamplingConfig, warp
 from draftnorm.decoding.speculation import speculate
@@ -16,8 +19,6 @@ from draftnorm.decoding.verification import (
     verify_exact,
     verify_rejection,
 )
-from fake_model import FakeModel, ScriptedDrafter
-from scipy.stats import chisquare
 
 V, LENGTH, RUNS = 5, 3, 2500
 PROMPT = [0, 1]
@@ -146,7 +147,7 @@ def test_first_difference_names_place_and_gap() -> None:
     model = FakeModel(9)
     output = list(generate(model, None, [1, 2], max_new_tokens=8).result().token_ids)
     assert first_difference(model, [1, 2], output, output) is None
-    other = output[:5] + [(output[5] + 1) % 9] + output[6:]
+    other = [*output[:5], (output[5] + 1) % 9, *output[6:]]
     difference = first_difference(model, [1, 2], output, other)
     logits = model.random_logits(tuple([1, 2, *output][5:7]), 7).sort().values
     assert difference.index == 5 and difference.tokens == (output[5], other[5])
