@@ -4,6 +4,7 @@ The Triton interpreter's tests run in a process of their own: tests/test_interpr
 """
 
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_dependent_launches_keep_their_order():
         buffers = torch.zeros(101, 16, 576, dtype=torch.bfloat16, device="cuda")
 
         def chain(buffers=buffers, pdl=pdl):
-            for x, y in zip(buffers, buffers[1:], strict=False):
+            for x, y in pairwise(buffers):
                 options = (576, EPS, 576, 10, 0.0, "llama", False, pdl)
                 module._rms_norm_row_kernel[(16,)](
                     y, x, None, None, *options, num_warps=1, launch_pdl=pdl
