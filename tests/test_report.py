@@ -1,0 +1,158 @@
+"""The JSON document: its ratios by hand, its identity report, its schema; and the benchmark's."""
+
+import dataclasses
+import hashlib
+import json
+
+import jsonschema
+import pytest
+import torch
+
+from draftnorm import SamplingConfig, load_model, load_tokenizer
+from draftnorm.decoding.statistics import Cycle, Result, SpeculationStatistics
+from draftnorm.scripts import benchmark_decode, report
+from draftnorm.scripts.main import main
+
+PLAIN = Result(
+    text="abcde",
+    token_ids=(1, 2, 3, 4, 5),
+    prompt_tokens=3,
+    stop_reason="length",
+    prefill_seconds={"target": 0.9, "draft": None},
+    time_to_first_token=1.0,
+    seconds=4.0,
+    tokens_per_second=1.0,
+    speculation=None,
+)
+# Two cycles commit four tokens: three accepted drafts of four, one of two cycles' own discarded.
+CYCLES = [
+    Cycle(drafted=2, accepted=2, draft_seconds=0.1, verify_seconds=0.4),
+    Cycle(drafted=2, accepted=1, draft_seconds=0.1, verify_seconds=0.4),
+]
+SPECULATIVE = dataclasses.replace(
+    PLAIN,
+    seconds=2.0,
+    tokens_per_second=2.0,
+    speculation=SpeculationStatistics.of(CYCLES, committed=4),
+)
+
+
+def build(path, **changes):
+    loaded = report.Loaded(
+        name="tiny",
+        path=path,
+        model=load_model(path, device="cpu"),
+        tokenizer=load_tokenizer(path),
+        seconds=0.25,
+    )
+    arguments = {
+        "command": "draftnorm speculate",
+        "target": loaded,
+        "draft": "ngram",
+        "sampling": SamplingConfig(),
+        "draft_length": "auto",
+        "acceptance": "exact",
+        "plain": PLAIN,
+        "speculative": SPECULATIVE,
+        "prompt_ids": [10, 11, 12],
+    }
+    document = report.build_document(**arguments | changes)
+    jsonschema.validate(
+        json.loads(report.dump(document)), json.loads(report.SCHEMA_FILE.read_text())
+    )
+    return document
+
+
+def test_speed_ups_by_hand():
+    numbers = report.compare(PLAIN, SPECULATIVE)
+    assert numbers["speedup"] == 2.0  # 2 tokens/s over 1
+    assert numbers["speedup_end_to_end"] == pytest.approx((5 / 3) / (5 / 5))
+    # 2 tokens a cycle · 1 s a plain token / 0.5 s a cycle
+    assert numbers["predicted_speedup"] == pytest.approx(4.0)
+    assert numbers["identical"] is True and numbers["first_difference"] is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "position", "pair"),
+    [((1, 2, 9, 4, 5), 2, (3, 9)), ((1, 2), 2, (3, None)), ((9,), 0, (1, 9))],
+)
+def test_first_difference_is_found_and_explained(tokens, position, pair, make_checkpoint):
+    path = make_checkpoint()
+    document = build(path, speculative=dataclasses.replace(SPECULATIVE, token_ids=tokens))
+    assert document["identical"] is False
+    difference = document["first_difference"]
+    assert difference["position"] == position
+    assert (difference["plain_token"], difference["speculative_token"]) == pair
+    # The gap by the model's other path, which has no cache.
+    with torch.no_grad():
+        logits_V = load_model(path, device="cpu")(
+            torch.tensor([[10, 11, 12, *PLAIN.token_ids[:position]]])
+        )[0, -1]
+    first, second = logits_V.topk(2).values.tolist()
+    assert difference["top_two_gap"] == pytest.approx(first - second, rel=1e-3, abs=1e-4)
+
+
+def test_interrupted_runs_are_not_compared(make_checkpoint):
+    interrupted = dataclasses.replace(SPECULATIVE, stop_reason="interrupted", token_ids=(1,))
+    document = build(make_checkpoint(), speculative=interrupted)
+    assert document["identical"] is None and document["speedup"] is None
+
+
+def test_checkpoint_is_identified_by_its_files(make_checkpoint):
+    path = make_checkpoint()
+    document = build(path, draft="none", speculative=None)
+    config = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()
+    assert document["target"]["sha256"]["config"] == config
+    weights = (path / "model.safetensors").read_bytes()
+    header = weights[8 : 8 + int.from_bytes(weights[:8], "little")]
+    assert document["target"]["sha256"]["index"] == hashlib.sha256(header).hexdigest()
+
+
+def test_not_a_number_is_refused():
+    with pytest.raises(ValueError):
+        report.dump({"speedup": float("nan")})
+
+
+def test_benchmark_counts_tokens_after_the_first_arrival(monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(benchmark_decode.time, "perf_counter", lambda: next(clock))
+
+    def engine(prompt, new_tokens, emit):
+        emit([7, 8])
+        emit([9])
+        emit([1, 2, 3])
+
+    timing = benchmark_decode.measure(engine, [0], 6)
+    assert timing.first_token_seconds == 1.0
+    assert timing.tokens_per_second == pytest.approx(4 / 3)
+    assert timing.token_ids == (7, 8, 9, 1, 2, 3)
+
+
+def test_benchmark_decode_beside_transformers(make_checkpoint, capsys, tmp_path):
+    pytest.importorskip("transformers")
+    plot = tmp_path / "speed.png"
+    argv = ["benchmark", "decode", "--target", str(make_checkpoint()), "--device", "cpu"]
+    argv += ["-p", "9,40", "-n", "12", "-r", "2", "--draft-length", "auto,3", "-o", "json"]
+    assert main([*argv, "--plot", str(plot)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert document["load"]["bytes_per_second"] > 0
+    engines = [row["engine"] for row in document["results"]]
+    assert engines == 2 * [
+        "draftnorm plain",
+        "draftnorm ngram, length auto",
+        "draftnorm ngram, length 3",
+        "transformers greedy",
+        "transformers prompt lookup",
+    ]
+    for row in document["results"]:
+        assert row["same_tokens_as_plain"] is True  # transformers decodes the same, too
+        assert row["slowest"] <= row["tokens_per_second"] <= row["fastest"]
+    assert [row["prompt_tokens"] for row in document["results"]] == [9] * 5 + [40] * 5
+
+    table = benchmark_decode.markdown(document).splitlines()
+    assert document["hardware"]["name"] in table[0] and document["torch"] in table[0]
+    rows = [line for line in table if line.startswith("|")]
+    assert len(rows) == 2 + 10 and len({line.count("|") for line in rows}) == 1
+    comma_separated = benchmark_decode.comma_separated(document).splitlines()
+    assert comma_separated[0].startswith("# ") and len(comma_separated) == 2 + 10
