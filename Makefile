@@ -8,6 +8,7 @@ else
 VENV := .venv
 endif
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt
 STAMP := $(VENV)/.installed
 DEMO := checkpoints/smollm2-135m
 # Two test processes side by side would fight over the cores; each keeps to one thread.
@@ -63,5 +64,7 @@ else
 	$(PYTHON) -m venv $(VENV)
 	cp constraints.txt $(VENV)/constraints.txt
 endif
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[fetch,plot,dev]'
+	$(PIP) -e '.[fetch,plot,dev]'
+	@# A real SentencePiece model to test with; nothing of the package is imported, so its dependencies are not needed.
+	$(PIP) --no-deps mistral-common
 	@touch $@

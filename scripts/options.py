@@ -158,7 +158,7 @@ def resolve_checkpoint(name: str | None, *, default: str = "target") -> Path:
 
     Raises ValueError, in one line that says what to run, if it is not on this machine.
     """
-    fetch_demo = "run `draftnorm fetch smollm2-135m --output DIR`, then pass --target DIR"
+    fetch_demo = "run `draftnorm fetch smollm2-135m`, then pass --target smollm2-135m"
     if name is None or name in EMBEDDED:
         folder = EMBEDDED_FOLDER / (name or default)
         if not folder.is_dir():
@@ -171,9 +171,7 @@ def resolve_checkpoint(name: str | None, *, default: str = "target") -> Path:
     if name in FETCHABLE:
         folder = FETCHED_FOLDER / name
         if not folder.is_dir():
-            raise ValueError(
-                f"{folder} does not exist: run `draftnorm fetch {name} --output {folder}`"
-            )
+            raise ValueError(f"{folder} does not exist: run `draftnorm fetch {name}`")
         return folder
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _in_hub_cache(name)
@@ -194,9 +192,19 @@ def _in_hub_cache(hub_id: str) -> Path:
     if not isinstance(config, str):
         raise ValueError(
             f"{hub_id} is neither a directory nor in the Hub cache: run `draftnorm fetch {hub_id}` "
-            "(it shows the size first)"
+            f"({_hub_size(hub_id)})"
         )
     return Path(config).parent
+
+
+def _hub_size(hub_id: str) -> str:
+    """How much a fetch would bring, if the Hub can be asked."""
+    from draftnorm.model import hub
+
+    try:
+        return f"{sum(hub.plan_hub(hub_id, None).sizes.values()) / 1e9:.2f} GB"
+    except ValueError:
+        return "size unknown: the Hub does not answer for it"
 
 
 def torch_dtype(name: str) -> "torch.dtype | None":

