@@ -135,8 +135,8 @@ class CycleCost:
 
     @property
     def horizon(self) -> int:
-        """The longest block worth considering: hope may double what was measured, not more."""
-        return min(2 * max(self._verify) + 1, MAX_DRAFT_LENGTH)
+        """The longest block worth considering: 3, then hope may double what was measured."""
+        return min(max(3, 2 * max(self._verify) + 1), MAX_DRAFT_LENGTH)
 
     def observe(self, cycle: Cycle) -> None:
         self._cycles += 1

@@ -48,7 +48,7 @@ class NgramDrafter:
 
     needs_features = False
 
-    def __init__(self, *, longest: int = 8, shortest: int = 2) -> None:
+    def __init__(self, *, longest: int = 8, shortest: int = 1) -> None:
         if not 1 <= shortest <= longest:
             raise ValueError(
                 f"an n-gram drafter needs 1 <= shortest <= longest: {shortest=} {longest=}"

@@ -89,7 +89,7 @@ def test_comes_back_within_64_tokens(draft: float, verify: Verify, between: int)
 @pytest.mark.parametrize("draft", [0.02, 0.1, 0.25])
 @pytest.mark.parametrize("chance", [0.3, 0.6, 0.8, 0.95])
 def test_is_near_the_best_fixed_length(verify: Verify, draft: float, chance: float) -> None:
-    """Within 8 % of the best of all fixed lengths and plain decoding, both averaged over seeds."""
+    """Within 10 % of the best of all fixed lengths and plain decoding, averaged over seeds."""
 
     class Never:
         def next(self) -> int:
@@ -98,11 +98,11 @@ def test_is_near_the_best_fixed_length(verify: Verify, draft: float, chance: flo
         def observe(self, cycle: Cycle) -> None: ...
 
     def mean(make: Callable) -> float:
-        return sum(simulate(make(), text, draft, verify, seed=s)[0] for s in range(4))
+        return sum(simulate(make(), text, draft, verify, seed=s)[0] for s in range(6))
 
     text = [chance] * 600
     fixed = [lambda n=n: FixedDraftLength(n) for n in range(1, MAX_DRAFT_LENGTH + 1)]
-    assert mean(AutoDraftLength) <= 1.08 * min(map(mean, [Never, *fixed]))
+    assert mean(AutoDraftLength) <= 1.1 * min(map(mean, [Never, *fixed]))
 
 
 def test_one_slow_call_is_not_believed_for_good() -> None:

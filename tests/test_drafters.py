@@ -37,7 +37,7 @@ def test_ngram_equals_a_search(shortest: int, longest: int) -> None:
 
 
 def test_ngram_is_silent_without_a_match_and_after_a_new_prompt() -> None:
-    drafter = NgramDrafter()
+    drafter = NgramDrafter(shortest=2)
     drafter.prefill([1, 2, 3])
     assert drafter.propose(4) == ([], None)
     drafter.catch_up([1, 2])
