@@ -340,7 +340,7 @@ def rms_norm_backward(
     """Gradients of `rms_norm_forward`: dy like x, rstd fp32 [M] -> (dx like x, dweight or None).
 
     Roundings of the forward pass count as the identity. Deterministic: programs sum the weight's
-    gradient over their own rows, one sum adds them. ValueError also for the empty rstd of inference.
+    gradient over their own rows, one sum adds them. Raises ValueError also for an empty rstd.
     """
     check_rows(x, weight, casting_mode, None)
     D = x.shape[-1]
