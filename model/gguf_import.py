@@ -29,35 +29,22 @@ _SCALARS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}  # struct'
 _U32, _STRING, _ARRAY, _U64 = 4, 8, 9, 10
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 _FIELDS = {
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "expert_count": "num_local_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "block_count": "num_hidden_layers", "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok",
     "rope.freq_base": "rope_theta",
-}
+}  # fmt: skip
 _CHECKED = {"vocab_size", "attention.value_length", "rope.dimension_count"}
 _CHECKED |= {"rope.scaling.type", "rope.scaling.factor"}
 _TENSORS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "block_sparse_moe.gate",
-}
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj", "ffn_gate_inp": "block_sparse_moe.gate",
+}  # fmt: skip
 _EXPERTS = {"ffn_gate_exps": "w1", "ffn_down_exps": "w2", "ffn_up_exps": "w3"}
 # How text is cut before byte-level BPE, by tokenizer.ggml.pre; None is GPT-2's own pattern.
 _WORDS = (
@@ -65,9 +52,8 @@ _WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _WORDS % "{1,3}"
-_CUTS = {"gpt-2": None, "smollm": None, "qwen2": _WORDS % ""} | dict.fromkeys(
-    ("llama-bpe", "llama-v3", "llama3"), _LLAMA3
-)
+_CUTS = {"gpt-2": None, "smollm": None, "qwen2": _WORDS % ""}
+_CUTS |= {"llama-bpe": _LLAMA3, "llama-v3": _LLAMA3, "llama3": _LLAMA3}
 
 Tensors = Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]  # name, shape, read
 
@@ -327,7 +313,7 @@ def _tokenizer(source: GGUFFile) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer.add_tokens(
         [AddedToken(token, normalized=False, special=kind == _CONTROL) for token, kind in added]
     )
-    default = model == "llama" or get("tokenizer.ggml.pre") in ("llama-bpe", "llama-v3", "llama3")
+    default = model == "llama" or _CUTS[get("tokenizer.ggml.pre")] == _LLAMA3
     if get("tokenizer.ggml.add_bos_token", default) and "bos_token" in config:
         bos = config["bos_token"]
         tokenizer.post_processor = TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ids[bos])])
@@ -357,8 +343,9 @@ def _byte_level(source: GGUFFile, ids: dict[str, int], unknown: str | None) -> T
 def _sentencepiece(source: GGUFFile, ids: dict[str, int], unknown: str | None) -> Tokenizer:
     """SentencePiece BPE (Llama 1 and 2, Mistral): its merges follow from the tokens' scores."""
     scores = source.need("tokenizer.ggml.scores", list)
+    # Of equal scores (Mistral's runs of spaces) the longest left part goes first.
     merges = [
-        (-scores[index], ids[token[:cut]], ids[token[cut:]], token, cut)
+        (-scores[index], -cut, -len(token), ids[token[:cut]], token, cut)
         for token, index in ids.items()
         for cut in range(1, len(token))
         if token[:cut] in ids and token[cut:] in ids
