@@ -163,9 +163,7 @@ def _load_tokenizers(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
         library.no_truncation()
         library.no_padding()
         library.add_tokens([token for _, token in sorted(added.items())])
-        library.add_special_tokens(
-            [AddedToken(token, normalized=False) for token in roles.values()]
-        )
+        library.add_special_tokens([AddedToken(t, normalized=False) for t in roles.values()])
         added = library.get_added_tokens_decoder()
         decoder = json.loads(library.decoder.__getstate__()) if library.decoder else {}
     except Exception as error:  # tokenizers raises nothing narrower
@@ -221,7 +219,7 @@ def _load_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
     for index, token in added.items():
         token_bytes[index] = token.content.encode()
     by_length = sorted(added.values(), key=lambda token: -len(token.content))
-    cut = re.compile("|".join(map(_pattern, by_length)))
+    cut = re.compile("|".join(map(_pattern, by_length)) or "(?!)")  # "(?!)" matches nowhere
     ends = [("add_bos_token", "bos_token", True), ("add_eos_token", "eos_token", False)]
     before, after = (
         [ids[roles[role]]] if role in roles and settings.get(key, default) else []

@@ -188,6 +188,12 @@ def test_added_tokens_file_and_new_named_tokens(spm):
     assert ours.vocabulary.roles["pad_token"] == "<pad>"
 
 
+def test_a_model_without_named_tokens_is_encoded_as_it_is(spm):
+    directory, reference = spm
+    write_json(directory, tokenizer_config=dict.fromkeys(("bos_token", "eos_token", "unk_token")))
+    assert load_tokenizer(directory).encode("<s>cat</s>") == reference.encode("<s>cat</s>")
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_sentencepiece_equals_transformers_where_it_follows_the_model(spm, legacy):
     """transformers 5 rebuilds the model as BPE over ranks and gives no prefix space to a text that
