@@ -267,12 +267,13 @@ def markdown(document: dict[str, Any]) -> str:
     for shape in shapes:
         rows = [cells[*shape, name] for name in names]
         ours = cells.get((*shape, "inference"), rows[0])
+        bound = ours["times_copy_limit"] < 10  # by bandwidth: a launch of one row is all latency
         row = [
             f"{shape[0]:,} × {shape[1]:,}",
-            f"{ours['bytes'] / bandwidth * 1e6:.2f}",
+            f"{ours['bytes'] / bandwidth * 1e6:.2f}" if bound else "–",
             *(f"{r['device_seconds'] * 1e6:.2f}" for r in rows),
             f"{ours['gigabytes_per_second']:,.0f}",
-            f"{ours['times_copy_limit']:.3f}",
+            f"{ours['times_copy_limit']:.3f}" if bound else "–",
         ]
         lines.append(f"| {' | '.join(row)} |")
     lines += [
