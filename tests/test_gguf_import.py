@@ -17,6 +17,8 @@ from draftnorm.model.config import ConfigError
 from draftnorm.model.tokenizer import load_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="pip install 'draftnorm[fetch]'")
+from test_tokenizer import mistral_model  # noqa: E402
+
 from draftnorm.model.gguf_import import GGUFError, GGUFFile, import_gguf  # noqa: E402
 
 F32, Q8_0, Q4_1 = (gguf.GGMLQuantizationType[name] for name in ("F32", "Q8_0", "Q4_1"))
@@ -246,8 +248,7 @@ def test_byte_level_ids(pre, tmp_path):
 @pytest.mark.parametrize("kind", ["prefix", "no prefix", "mistral"])
 def test_sentencepiece_ids(kind, tmp_path):
     if kind == "mistral":  # real, and its runs of spaces all have the same score
-        package = pytest.importorskip("mistral_common", reason="pip install --no-deps it")
-        model = (Path(package.__file__).parent / "data" / "tokenizer.model.v1").read_bytes()
+        model = mistral_model()
     else:
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
