@@ -51,16 +51,17 @@ def test_ngram_is_silent_without_a_match_and_after_a_new_prompt() -> None:
 def greedy(model: FakeModel, tokens: list[int], length: int) -> list[int]:
     tokens = list(tokens)
     for _ in range(length):
-        tokens.append(int(model.random_logits(tuple(tokens[-2:]), len(tokens)).argmax()))
+        context = tuple(tokens[-model.order :])
+        tokens.append(int(model.random_logits(context, len(tokens)).argmax()))
     return tokens[len(tokens) - length :]
 
 
 def test_model_drafter_follows_any_history() -> None:
     """Accept none, some, all, and cycles without drafting: proposals are always the model's own,
-    read back from a cache that asserts its positions.
+    a function of all tokens so far, which it reads back from its cache.
     """
     rng = random.Random(1)
-    model, tokens = FakeModel(6), [1, 2, 3]
+    model, tokens = FakeModel(6, order=400), [1, 2, 3]
     drafter = ModelDrafter(model, Sampler(SamplingConfig()), vocabulary=6, capacity=400)
     drafter.prefill(tokens)
     new = [4]

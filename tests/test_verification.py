@@ -10,6 +10,7 @@ from fake_model import FakeModel, ScriptedDrafter
 from scipy.stats import chisquare
 
 from draftnorm.decoding.generation import generate
+from draftnorm.decoding.noise import ACCEPT, DRAFT, RESIDUAL
 from draftnorm.decoding.sampling import Sampler, SamplingConfig, warp
 from draftnorm.decoding.speculation import speculate
 from draftnorm.decoding.verification import (
@@ -102,6 +103,35 @@ def test_rejection_accepts_as_often_as_theory_says() -> None:
     alpha = float(torch.minimum(p_logits.softmax(-1), q_V).sum())
     # Four standard deviations of a binomial share.
     assert abs(accepted / 4000 - alpha) < 4 * (alpha * (1 - alpha) / 4000) ** 0.5
+
+
+def test_rejection_uses_its_noise_as_documented() -> None:
+    """Against the rule written out in NumPy: which stream decides what, at which position."""
+    logits_TV = torch.randn(4, 6, generator=torch.Generator().manual_seed(2)) * 2
+    q_logits_NV = torch.randn(3, 6, generator=torch.Generator().manual_seed(3))
+    q_NV, p_TV = q_logits_NV.softmax(-1).numpy(), logits_TV.softmax(-1).numpy()
+    lengths = Counter()
+    for run in range(300):
+        sampler = Sampler(SamplingConfig(temperature=1.0, seed=8), request_id=run)
+        drafts = [sampler.race(q_logits_NV[i], 20 + i, DRAFT) for i in range(3)]
+
+        def race(weights: np.ndarray, position: int, noise=sampler.noise) -> int:
+            u = noise.uniform(position, np.arange(6), RESIDUAL)
+            return int(np.argmax(weights / -np.log(u)))  # the exponential race w / e
+
+        expected = []
+        for i, d in enumerate(drafts):
+            coin = sampler.noise.uniform(20 + i, np.array([d]), ACCEPT)[0]
+            if coin * q_NV[i, d] >= p_TV[i, d]:
+                expected.append(race(np.maximum(p_TV[i] - q_NV[i], 0), 20 + i))
+                break
+            expected.append(d)
+        else:
+            expected.append(race(p_TV[3], 23))
+        block = verify_rejection(logits_TV, drafts, torch.from_numpy(q_NV), sampler, 20)
+        assert block == expected
+        lengths[len(block)] += 1
+    assert set(lengths) == {1, 2, 3, 4}
 
 
 def test_edges_of_the_coin() -> None:
