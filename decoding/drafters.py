@@ -6,6 +6,7 @@ silent without harm: it decides how fast tokens come, never which.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from draftnorm.decoding.noise import DRAFT, EXACT
 from draftnorm.decoding.sampling import Sampler, warp
 from draftnorm.model.cache import KVCache
+from draftnorm.model.config import ModelConfig
+from draftnorm.model.tokenizer import Tokenizer
+from draftnorm.model.transformer import Transformer
 
 
 class Drafter(Protocol):
@@ -100,7 +104,13 @@ class ModelDrafter:
     needs_features = False
 
     def __init__(
-        self, model, sampler: Sampler, *, stream: int = EXACT, vocabulary: int, capacity: int
+        self,
+        model: Transformer,
+        sampler: Sampler,
+        *,
+        stream: int = EXACT,
+        vocabulary: int,
+        capacity: int,
     ) -> None:
         self._model, self._sampler, self._stream = model, sampler, stream
         self._vocabulary = vocabulary
@@ -110,9 +120,10 @@ class ModelDrafter:
         )
         self._tokens: list[int] = []  # committed
         self._drafts: list[int] = []  # proposed after them, all but the last one in the cache
+        self._lost = False  # the text has outgrown the context, or has an id that is not ours
 
     def prefill(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
-        self._tokens, self._drafts = [], []
+        self._tokens, self._lost = [], False
         self._cache.rollback(0)
         self._extend(tokens)
         self._feed(self._tokens)
@@ -133,7 +144,7 @@ class ModelDrafter:
         # The last draft is not fed, so the positions needed end one before it.
         length = min(length, self._context - len(self._tokens) + 1)
         rows, q_NV = self._tokens[-2:], []
-        if length < 1 or not self._follows:
+        if length < 1 or self._lost:
             return [], None
         self._cache.rollback(len(self._tokens) - 2)
         for position in range(len(self._tokens), len(self._tokens) + length):
@@ -151,37 +162,37 @@ class ModelDrafter:
     def _extend(self, tokens: Sequence[int]) -> None:
         self._tokens += tokens
         self._drafts = []
+        known = self._model.config.vocab_size  # a padded target may say what a draft cannot read
+        self._lost |= len(self._tokens) > self._context or max(tokens) >= known
 
     def _feed(self, tokens: Sequence[int]) -> None:
-        if tokens and self._follows:
+        if tokens and not self._lost:
             self._model.prefill(tokens, self._cache)
 
-    @property
-    def _follows(self) -> bool:
-        """Whether the text so far is one that the model can read; once not, never again."""
-        return len(self._tokens) <= self._context
 
-
-def check_vocabularies(target_tokenizer, draft_tokenizer, target_config, draft_config) -> int:
+def check_vocabularies(
+    target_tokenizer: Tokenizer | None,
+    draft_tokenizer: Tokenizer | None,
+    target_config: ModelConfig,
+    draft_config: ModelConfig,
+) -> int:
     """The number of ids that target and draft share; a ValueError if they mean different tokens.
 
-    Embeddings may be padded to different sizes; ids past the tokenizers' are never proposed.
-    Without both tokenizers, the draft's embedding must at least cover what the target's can say.
+    Embeddings may be padded to different sizes: ids past the tokenizers' are never proposed. With
+    no tokenizer at all padding cannot be told from tokens, and the sizes must be equal.
     """
-    sizes = target_config.vocab_size, draft_config.vocab_size
-    if target_tokenizer is None or draft_tokenizer is None:
-        real = min(sizes) if target_tokenizer is None else target_tokenizer.vocab_size
-        if sizes[0] != sizes[1] and (target_tokenizer is None or real > min(sizes)):
-            raise ValueError(
-                f"the draft has another vocabulary: {sizes[1]} ids, the target {sizes[0]}"
-            )
-        return min(real, *sizes)
-    pieces = target_tokenizer.tokens, draft_tokenizer.tokens
-    for token_id in range(max(map(len, pieces))):
-        target, draft = (p[token_id] if token_id < len(p) else None for p in pieces)
-        if target != draft:
-            raise ValueError(
-                f"the draft has another vocabulary: token {token_id} is {target!r} in the target's "
-                f"tokenizer and {draft!r} in the draft's"
-            )
-    return min(len(pieces[0]), *sizes)
+    if target_tokenizer is not None and draft_tokenizer is not None:
+        pieces = zip_longest(target_tokenizer.tokens, draft_tokenizer.tokens)
+        for token_id, (target, draft) in enumerate(pieces):
+            if target != draft:
+                raise ValueError(
+                    f"the draft has another vocabulary: token {token_id} is {target!r} in the "
+                    f"target's tokenizer and {draft!r} in the draft's"
+                )
+    target_size, draft_size = target_config.vocab_size, draft_config.vocab_size
+    real = target_size if target_tokenizer is None else target_tokenizer.vocab_size
+    if draft_size < real or (target_tokenizer is None and draft_size != target_size):
+        raise ValueError(
+            f"the draft has another vocabulary: {draft_size} ids, of which the target has {real}"
+        )
+    return min(real, target_size)

@@ -23,9 +23,13 @@ from draftnorm.decoding.sampling import Sampler, SamplingConfig
 from draftnorm.decoding.statistics import Chunk, Result, SpeculationStatistics
 from draftnorm.decoding.transcript import Transcript
 from draftnorm.model.cache import KVCache
+from draftnorm.model.tokenizer import Tokenizer
+from draftnorm.model.transformer import Transformer
 
 
-def generate(model, tokenizer, prompt: str | Sequence[int], **options: Any) -> "Generation":
+def generate(
+    model: Transformer, tokenizer: Tokenizer | None, prompt: str | Sequence[int], **options: Any
+) -> "Generation":
     """Decode plainly, one token a step: an iterator of Chunks with a `.result()`.
 
     Prompt and options are those of `Request.of`, ValueErrors included.
@@ -39,7 +43,7 @@ class Request:
     """What to decode and when to end, checked."""
 
     prompt_ids: tuple[int, ...]
-    tokenizer: Any  # None if only ids are wanted
+    tokenizer: Tokenizer | None  # None if only ids are wanted
     sampler: Sampler
     max_new_tokens: int
     stop_ids: frozenset[int]
@@ -50,8 +54,8 @@ class Request:
     @classmethod
     def of(
         cls,
-        model,
-        tokenizer,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
         prompt: str | Sequence[int],
         *,
         max_new_tokens: int = 256,
@@ -111,7 +115,7 @@ class Request:
         return min(self.context, len(self.prompt_ids) + self.max_new_tokens)
 
 
-def _encode(tokenizer, prompt: str, chat: bool, system: str | None) -> list[int]:
+def _encode(tokenizer: Tokenizer | None, prompt: str, chat: bool, system: str | None) -> list[int]:
     if tokenizer is None:
         raise ValueError("a prompt given as text needs a tokenizer")
     if chat and tokenizer.chat_template is not None:
@@ -127,7 +131,7 @@ def _encode(tokenizer, prompt: str, chat: bool, system: str | None) -> list[int]
 class PlainDecoder:
     """Plain decoding: a block is one token. Speculation overrides `step`."""
 
-    def __init__(self, model, request: Request, *, slack: int = 0) -> None:
+    def __init__(self, model: Transformer, request: Request, *, slack: int = 0) -> None:
         """`slack` is cache beyond the user's limit, for drafts that will not all be kept."""
         self.model, self.sampler, self.clock = model, request.sampler, request.clock
         self.cache = KVCache(

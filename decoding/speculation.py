@@ -29,6 +29,8 @@ from draftnorm.decoding.generation import Generation, PlainDecoder, Request
 from draftnorm.decoding.noise import DRAFT, EXACT
 from draftnorm.decoding.statistics import Cycle, SpeculationStatistics
 from draftnorm.decoding.verification import VERIFIERS
+from draftnorm.model.tokenizer import Tokenizer
+from draftnorm.model.transformer import Transformer
 
 logger = logging.getLogger("draftnorm")
 
@@ -36,14 +38,14 @@ _WARN_AFTER, _WARN_BELOW = 64, 0.2  # cycles that drafted; share of them whose f
 
 
 def speculate(
-    model,
-    tokenizer,
+    model: Transformer,
+    tokenizer: Tokenizer | None,
     prompt: str | Sequence[int],
     *,
-    draft: Any = "ngram",
+    draft: str | Transformer | Drafter = "ngram",
     draft_length: int | str = "auto",
     acceptance: str = "exact",
-    draft_tokenizer=None,
+    draft_tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> Generation:
     """Decode with draft and verify: an iterator of Chunks with a `.result()`, as `generate`.
@@ -84,7 +86,7 @@ class SpeculativeDecoder(PlainDecoder):
 
     def __init__(
         self,
-        model,
+        model: Transformer,
         request: Request,
         drafter: Drafter,
         length: FixedDraftLength | AutoDraftLength,

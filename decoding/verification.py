@@ -16,6 +16,7 @@ from torch import Tensor
 from draftnorm.decoding.noise import ACCEPT, RESIDUAL
 from draftnorm.decoding.sampling import Sampler, warp
 from draftnorm.model.cache import KVCache
+from draftnorm.model.transformer import Transformer
 
 
 def verify_exact(
@@ -91,7 +92,7 @@ class Difference:
 
 @torch.inference_mode()
 def first_difference(
-    model, prompt_ids: Sequence[int], a: Sequence[int], b: Sequence[int]
+    model: Transformer, prompt_ids: Sequence[int], a: Sequence[int], b: Sequence[int]
 ) -> Difference | None:
     """Compare two outputs of one prompt; None if they are equal."""
     longest = max(len(a), len(b))

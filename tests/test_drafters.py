@@ -97,6 +97,16 @@ def test_model_drafter_ends_with_its_context() -> None:
     assert drafter.propose(1) == ([], None)
 
 
+def test_model_drafter_gives_up_on_ids_it_cannot_read() -> None:
+    """Only a target whose embedding has more padding can say them."""
+    drafter = ModelDrafter(FakeModel(6), Sampler(SamplingConfig()), vocabulary=6, capacity=99)
+    drafter.prefill([1, 2, 3])
+    drafter.catch_up([6])
+    assert drafter.propose(3) == ([], None)
+    drafter.catch_up([1, 2, 3])
+    assert drafter.propose(3) == ([], None)
+
+
 def test_vocabularies() -> None:
     pieces = ["a", "b", "c", "d"]
     full, fewer = fake_tokenizer(pieces), fake_tokenizer(pieces[:3])
@@ -109,7 +119,7 @@ def test_vocabularies() -> None:
         check_vocabularies(full, other, config_of(4), config_of(4))
     with pytest.raises(ValueError, match="token 3 is 'd' in the target's tokenizer and None"):
         check_vocabularies(full, fewer, config_of(4), config_of(4))
-    with pytest.raises(ValueError, match="another vocabulary: 3 ids, the target 4"):
+    with pytest.raises(ValueError, match="another vocabulary: 3 ids, of which the target has 4"):
         check_vocabularies(full, None, config_of(4), config_of(3))
-    with pytest.raises(ValueError, match="another vocabulary: 5 ids, the target 4"):
+    with pytest.raises(ValueError, match="another vocabulary: 5 ids, of which the target has 4"):
         check_vocabularies(None, None, config_of(4), config_of(5))
