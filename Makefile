@@ -65,6 +65,10 @@ else
 	cp constraints.txt $(VENV)/constraints.txt
 endif
 	$(PIP) -e '.[fetch,plot,dev]'
+ifdef SYSTEM
+	@# It may be $(PYTHON)'s already, but then its command is not in $(BIN).
+	$(PIP) --ignore-installed --no-deps ruff
+endif
 	@# A real SentencePiece model to test with; nothing of the package is imported, so its dependencies are not needed.
 	$(PIP) --no-deps mistral-common
 	@touch $@

@@ -23,6 +23,7 @@ if __name__ == "__main__":  # run as a file, also uninstalled: the command, from
 
 import argparse
 import csv
+import importlib.util
 import io
 import itertools
 import statistics
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure every prompt length × new tokens × engine, and print one table or document."""
     from draftnorm.scripts import report
 
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'draftnorm[plot]'")
     target, load = measure_load(args)
     engines = our_engines(target, args) | transformers_engines(target)
     rows = []
@@ -353,10 +356,8 @@ def comma_separated(document: dict[str, Any]) -> str:
 
 def draw(document: dict[str, Any], file: Path) -> None:
     """One bar a result, with its spread."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'draftnorm[plot]'") from error
+    from matplotlib.figure import Figure
+
     rows = [row for row in document["results"] if row["tokens_per_second"]]
     figure = Figure(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
