@@ -2,9 +2,10 @@
 
 A cycle with γ drafts yields E(γ) = 1 + a₁ + a₁a₂ + … + a₁⋯a_γ tokens, where aᵢ is the acceptance
 of draft i given that those before it were accepted, and costs γ·t_draft + t_verify(γ). `auto`
-maximises the ratio. Nothing is assumed about the machine: on a CPU a verify gets dearer in steps,
-on a GPU it is nearly flat, and in a mixture of experts it depends on the text. γ = 0, plain
-decoding, is one of the choices, so text that cannot be predicted costs a few probes and no more.
+maximises the ratio, as Leviathan et al. 2023 choose γ, but with every quantity measured. On a CPU a
+verify gets dearer in steps, on a GPU it is nearly flat, and in a mixture of experts it depends on
+the text. γ = 0, plain decoding, is one of the choices, so that text which cannot be predicted
+costs a few probes and no more.
 """
 
 import math
@@ -17,6 +18,8 @@ MAX_DRAFT_LENGTH = 15  # with the last committed token, sixteen rows: one tile
 
 
 class FixedDraftLength:
+    """The same length in every cycle. ValueError unless it is 1 … MAX_DRAFT_LENGTH."""
+
     def __init__(self, length: int) -> None:
         if not isinstance(length, int) or not 1 <= length <= MAX_DRAFT_LENGTH:
             raise ValueError(

@@ -310,6 +310,20 @@ def test_transformer_tokens_equal_plain_decoding(target, kind: str, sampling) ->
             assert list(result.token_ids) == expected
 
 
+@pytest.mark.parametrize("kind", ["good", "random"])
+def test_sliding_windows_survive_rollback(kind: str) -> None:
+    """Accepted and rejected blocks around every border of a window of five."""
+    target = transformer(3, windows=(5, None))
+    prompt = [1, 2, 3]
+    plain = outputs(target, prompt, max_new_tokens=60)
+    draft = transformer(1) if kind == "random" else draft_of(kind, target, prompt + plain)
+    for draft_length in (1, 4, 7):
+        result = speculate(
+            target, None, prompt, draft=draft, draft_length=draft_length, max_new_tokens=40
+        ).result()
+        assert list(result.token_ids) == plain[:40]
+
+
 @pytest.mark.parametrize("kind", ["good", "self"])
 def test_cache_equals_plain_decoding_after_100_cycles(target, kind: str) -> None:
     """Position by position and bit by bit; with accepted and rejected drafts, all positions."""
