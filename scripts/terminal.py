@@ -69,7 +69,7 @@ def show_summary(document: dict[str, Any], console: Console) -> None:
     """Print the numbers of one run (report.build_document) with their definitions, speeds last."""
     plain, speculative = document["plain"], document["speculative"]
     drafting = speculative["seconds"] is not None
-    comparing = drafting and plain["seconds"] is not None
+    comparing = document["identical"] is not None  # both ran, and to the end
     rows = [
         ("decode", _rate(plain), _rate(speculative)),
         ("decode time", _seconds(plain["seconds"]), _seconds(speculative["seconds"])),

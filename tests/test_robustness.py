@@ -238,6 +238,21 @@ def test_interrupt_keeps_text_and_statistics(json_, make_checkpoint, capsys, mon
     assert text and whole.startswith(text.rstrip("\N{REPLACEMENT CHARACTER}"))
 
 
+def test_interrupt_while_comparing_keeps_the_speculative_numbers(
+    make_checkpoint, capsys, monkeypatch
+):
+    from draftnorm.decoding.generation import PlainDecoder
+
+    def interrupted_step(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PlainDecoder, "step", interrupted_step)
+    argv = ["speculate", "--target", str(make_checkpoint()), "--draft", "ngram", "--compare"]
+    assert main([*argv, "--prompt", "abab", "--ignore-eos", "--max-new-tokens", "20"]) == 130
+    error = capsys.readouterr().err
+    assert "tokens per cycle" in error and "identical" not in error and "Traceback" not in error
+
+
 def _start(*argv: str, **streams: int) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "scripts" / "main.py"), *argv]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
