@@ -115,6 +115,7 @@ def test_summary_fits_and_says_everything(width):
 def test_summary_of_plain_decoding_has_no_speculative_column():
     document = copy.deepcopy(DOCUMENT)
     document["speculative"] = dict.fromkeys(DOCUMENT["speculative"])
+    document["identical"] = None
     text = summary(document, 80)
     assert "25.0 tokens/s" in text
     assert "speculative" not in text and "identical" not in text
