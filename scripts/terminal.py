@@ -135,7 +135,7 @@ def _footer(document: dict[str, Any]) -> str:
     """Counts and settings that a reader needs to repeat the run."""
     parts = [
         f"{document['prompt_tokens']} + {len(document['token_ids'])} tokens",
-        f"ended by {document['stop_reason'].replace('_', ' ')}",
+        f"ended: {document['stop_reason'].replace('_', ' ')}",
         f"load {_seconds(document['load_seconds'])}",
         f"first token after {_seconds(document['time_to_first_token'])}",
     ]

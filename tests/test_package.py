@@ -72,6 +72,15 @@ def test_make_help_lists_the_targets():
     assert all(f"make {target} " in text for target in ("demo", "test", "lint", "help"))
 
 
+def test_readme_example_runs(make_checkpoint, capsys):
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert set(re.findall(r"^(?:from|import) (\S+)", code, flags=re.MULTILINE)) == {"draftnorm"}
+    target = str(make_checkpoint())
+    exec(code.replace("checkpoints/smollm2-135m", target), {})  # it asserts identity itself
+    assert capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """A wheel of a copy of the sources, so that no build folder is left in the checkout."""

@@ -232,7 +232,7 @@ def test_interrupt_keeps_text_and_statistics(json_, make_checkpoint, capsys, mon
         assert document["speculative"]["cycles"] == 4
         text = document["text"]
     else:
-        assert "tokens per cycle" in captured.err and "ended by interrupted" in captured.err
+        assert "tokens per cycle" in captured.err and "ended: interrupted" in captured.err
         text = captured.out.rstrip("\n")
     # What is withheld is at most part of one character.
     assert text and whole.startswith(text.rstrip("\N{REPLACEMENT CHARACTER}"))
@@ -272,7 +272,7 @@ def test_ctrl_c_in_a_process_of_its_own(make_checkpoint):
     process.send_signal(signal.SIGINT)
     rest, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert first + rest and b"ended by interrupted" in error and b"Traceback" not in error
+    assert first + rest and b"ended: interrupted" in error and b"Traceback" not in error
 
 
 def test_closed_pipe_is_quiet(make_checkpoint):

@@ -106,7 +106,7 @@ def test_summary_fits_and_says_everything(width):
     for part in ("25.0", "50.0", "2.60", "40%", "75%", "25%", "2.00 ×", "1.90 ×", "2.10 ×"):
         assert part in flat, part
     assert "identical: yes" in flat and flat.endswith("identical: yes")
-    assert "seed 4711" in flat and "17 + 101 tokens" in flat and "ended by stop token" in flat
+    assert "seed 4711" in flat and "17 + 101 tokens" in flat and "ended: stop token" in flat
     if width not in range(100, 200):  # in a table, a definition may be broken by its neighbours
         for definition in terminal.DEFINITIONS.values():
             assert definition in flat
