@@ -124,12 +124,14 @@ class CycleCost:
     """Running seconds of a draft and of a verify by number of drafts.
 
     A length that was not measured is taken between its neighbours, and past the longest measured to
-    cost no more than that one: hope makes it tried, and then it is measured. Measurements unused
-    for `EXPIRY` cycles are dropped, so that one slow call does not rule a length out for good.
+    cost little more than that one: hope makes it tried, and then it is measured. Measurements
+    unused for `EXPIRY` cycles are dropped, so that one slow call does not rule a length out for
+    good.
     """
 
     WEIGHT = 0.25  # of a new sample in the running mean
     EXPIRY = 128
+    UNKNOWN = 1.1  # dearer than the longest measured: what is tried must promise a tenth
 
     def __init__(self) -> None:
         self.draft_seconds = 0.0
@@ -163,4 +165,6 @@ class CycleCost:
         seconds = [self._verify[drafts][0] for drafts in measured]
         # More rows never cost less, so a shorter block that seems to cost more was disturbed.
         seconds = np.minimum.accumulate(seconds[::-1])[::-1]
-        return np.interp(range(MAX_DRAFT_LENGTH + 1), measured, seconds)
+        estimate = np.interp(range(MAX_DRAFT_LENGTH + 1), measured, seconds)
+        estimate[measured[-1] + 1 :] *= self.UNKNOWN
+        return estimate
