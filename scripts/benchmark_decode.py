@@ -115,13 +115,13 @@ def measure_load(args: argparse.Namespace) -> tuple["Loaded", dict[str, float]]:
     from draftnorm.model.tokenizer import load_tokenizer
     from draftnorm.scripts.report import Loaded
 
-    path = options.resolve_checkpoint(args.target)
+    name = args.target or "target"
+    path = options.resolve_checkpoint(name)
     with _AnonymousMemory() as memory:
         started = time.perf_counter()
         model = load_model(path, device=args.device, dtype=options.torch_dtype(args.dtype))
         seconds = time.perf_counter() - started
     stored_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    name = args.target or "target"
     tokenizer = load_tokenizer(path)
     target = Loaded(name=name, path=path, model=model, tokenizer=tokenizer, seconds=seconds)
     return target, {
@@ -170,7 +170,7 @@ def our_engines(target: "Loaded", args: argparse.Namespace) -> dict[str, Engine]
 
     engines: dict[str, Engine] = {"draftnorm plain": plain}
     for name in args.draft:
-        draft = name if name == "ngram" else options.load(name, args, default="draft")
+        draft = name if name == "ngram" else options.load(name, args)
         for length in args.draft_length:
             engines[f"draftnorm {Path(name).name}, length {length}"] = speculative(draft, length)
     return engines

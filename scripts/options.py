@@ -153,14 +153,14 @@ def sampling_config(args: argparse.Namespace) -> "SamplingConfig":
     )
 
 
-def resolve_checkpoint(name: str | None, *, default: str = "target") -> Path:
+def resolve_checkpoint(name: str) -> Path:
     """The directory that a path, a built-in name or a Hub id stands for.
 
     Raises ValueError, in one line that says what to run, if it is not on this machine.
     """
     fetch_demo = "run `draftnorm fetch smollm2-135m`, then pass --target smollm2-135m"
-    if name is None or name in EMBEDDED:
-        folder = EMBEDDED_FOLDER / (name or default)
+    if name in EMBEDDED:
+        folder = EMBEDDED_FOLDER / name
         if not folder.is_dir():
             raise ValueError(f"no embedded pair in this version: {fetch_demo} --draft ngram")
         return folder
@@ -214,9 +214,9 @@ def torch_dtype(name: str) -> "torch.dtype | None":
     return None if name == "auto" else getattr(torch, name)
 
 
-def load(name: str | None, args: argparse.Namespace, *, default: str = "target") -> "Loaded":
+def load(name: str, args: argparse.Namespace) -> "Loaded":
     """Read the checkpoint that `name` stands for, with its tokenizer, and time it."""
-    path = resolve_checkpoint(name, default=default)
+    path = resolve_checkpoint(name)
     from draftnorm.model.checkpoint import load_model
     from draftnorm.model.tokenizer import load_tokenizer
     from draftnorm.scripts.report import Loaded
@@ -225,7 +225,7 @@ def load(name: str | None, args: argparse.Namespace, *, default: str = "target")
     model = load_model(path, device=args.device, dtype=torch_dtype(args.dtype))
     tokenizer = load_tokenizer(path)
     return Loaded(
-        name=name or default,
+        name=name,
         path=path,
         model=model,
         tokenizer=tokenizer,

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run_arguments(parser)
     drafting = parser.add_argument_group("speculation")
     drafting.add_argument(
-        "--draft", metavar="PATH|NAME|HUB_ID|ngram|none", help="default: the embedded draft model"
+        "--draft",
+        metavar="PATH|NAME|HUB_ID|ngram|none",
+        help="default: the embedded draft; ngram with a --target of your own",
     )
     drafting.add_argument(
         "--draft-length", type=options.draft_length, default="auto", metavar="N|auto"
@@ -52,10 +54,11 @@ def run(args: argparse.Namespace) -> int:
         return list_built_in()
     prompt = options.read_prompt(args)
     sampling = options.sampling_config(args)
-    target = options.load(args.target, args)
-    draft: Loaded | str = args.draft or "draft"
+    target = options.load(args.target or "target", args)
+    # The embedded draft knows the embedded target's vocabulary, hardly that of a target of yours.
+    draft: Loaded | str = args.draft or ("ngram" if args.target else "draft")
     if draft not in ("ngram", "none"):
-        draft = options.load(args.draft, args, default="draft")
+        draft = options.load(draft, args)
     own_prompt = args.prompt is not None or args.prompt_file is not None
     comparing = draft != "none" and (args.compare or not own_prompt)
 

@@ -122,8 +122,8 @@ def test_speculation_with_any_drafter_changes_nothing(temperature, make_checkpoi
 
 def test_without_a_prompt_it_compares_on_the_built_in_one(make_checkpoint, run_json):
     target = make_checkpoint(max_position_embeddings=2048)
-    document = run_json("speculate", "--target", str(target), "--draft", "ngram", *SHORT)
-    assert document["identical"] is True
+    document = run_json("speculate", "--target", str(target), *SHORT)
+    assert document["identical"] is True and document["draft"]["name"] == "ngram"
     assert document["prompt_tokens"] == len(options.DEMO_PROMPT.encode())
 
 
@@ -226,6 +226,6 @@ def test_checkpoint_names(tmp_path, monkeypatch):
 
     monkeypatch.setattr(options, "EMBEDDED_FOLDER", tmp_path)
     with pytest.raises(ValueError, match="draftnorm fetch smollm2-135m"):
-        options.resolve_checkpoint(None)
+        options.resolve_checkpoint("target")
     (tmp_path / "draft").mkdir()
-    assert options.resolve_checkpoint(None, default="draft") == tmp_path / "draft"
+    assert options.resolve_checkpoint("draft") == tmp_path / "draft"
