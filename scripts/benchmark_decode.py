@@ -145,34 +145,21 @@ def our_engines(target: "Loaded", args: argparse.Namespace) -> dict[str, Engine]
     from draftnorm.decoding.generation import generate
     from draftnorm.decoding.speculation import speculate
 
-    def plain(prompt: list[int], new_tokens: int, emit: Emit) -> None:
-        for chunk in generate(
-            target.model, None, prompt, max_new_tokens=new_tokens, ignore_eos=True
-        ):
-            emit(chunk.token_ids)
+    def engine(decode: Callable[..., Any], **settings: Any) -> Engine:
+        settings |= {"ignore_eos": True}
 
-    def speculative(draft: "Loaded | str", length: int | str) -> Engine:
-        drafter = draft if isinstance(draft, str) else draft.model
-
-        def engine(prompt: list[int], new_tokens: int, emit: Emit) -> None:
-            for chunk in speculate(
-                target.model,
-                None,
-                prompt,
-                draft=drafter,
-                draft_length=length,
-                max_new_tokens=new_tokens,
-                ignore_eos=True,
-            ):
+        def run_once(prompt: list[int], new_tokens: int, emit: Emit) -> None:
+            for chunk in decode(target.model, None, prompt, max_new_tokens=new_tokens, **settings):
                 emit(chunk.token_ids)
 
-        return engine
+        return run_once
 
-    engines: dict[str, Engine] = {"draftnorm plain": plain}
+    engines = {"draftnorm plain": engine(generate)}
     for name in args.draft:
-        draft = name if name == "ngram" else options.load(name, args)
+        draft = name if name == "ngram" else options.load(name, args).model
         for length in args.draft_length:
-            engines[f"draftnorm {Path(name).name}, length {length}"] = speculative(draft, length)
+            label = f"draftnorm {Path(name).name}, length {length}"
+            engines[label] = engine(speculate, draft=draft, draft_length=length)
     return engines
 
 
