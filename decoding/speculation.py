@@ -96,6 +96,7 @@ class SpeculativeDecoder(PlainDecoder):
         self._drafter, self._length, self._verify = drafter, length, VERIFIERS[acceptance]
         self._told = 0  # committed tokens that the drafter knows of
         self._cycles: list[Cycle] = []
+        self._looks_up = isinstance(drafter, NgramDrafter)
         self._tried = self._held = 0  # cycles that drafted, and whose first draft was accepted
         self._experts_before = model.experts_touched, model.expert_layer_passes
 
@@ -154,7 +155,9 @@ class SpeculativeDecoder(PlainDecoder):
         self._cycles.append(cycle)
         self._tried += cycle.drafted > 0
         self._held += cycle.accepted > 0
-        if self._tried == _WARN_AFTER and cycle.drafted and self._held < _WARN_BELOW * self._tried:
+        # For n-grams on prose this is normal; a model that is mostly wrong is the wrong model.
+        misplaced = self._held < _WARN_BELOW * self._tried and not self._looks_up
+        if self._tried == _WARN_AFTER and cycle.drafted and misplaced:
             logger.warning(
                 "the target accepted a draft in only %d of %d cycles: is this the right drafter?",
                 self._held,

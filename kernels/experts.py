@@ -6,9 +6,10 @@ Sources: Shazeer et al. 2017; Jiang et al. 2024 (Mixtral: softmax, then top-k, t
 """
 
 import torch
-from draftnorm.kernels.linear import tile_linear
 from torch import Tensor
 from torch.nn.functional import grouped_mm, linear, silu
+
+from draftnorm.kernels.linear import tile_linear
 
 
 def route(logits_ME: Tensor, experts: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:

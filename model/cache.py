@@ -7,6 +7,7 @@ rollback across a window's border trivially right.
 """
 
 import torch
+
 from draftnorm.model.config import ModelConfig
 
 

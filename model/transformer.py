@@ -16,6 +16,9 @@ earlier ones in the cache. `prefill` is a function of the prompt alone.
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear, silu
+
 from draftnorm.kernels.attention import block_attention, row_attention
 from draftnorm.kernels.experts import grouped_experts, route, tile_experts
 from draftnorm.kernels.linear import row_tile, tile_linear
@@ -23,8 +26,6 @@ from draftnorm.kernels.rms_norm import rms_norm
 from draftnorm.kernels.rotary import apply_rotary, inverse_frequencies, rotary_table
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
-from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, silu
 
 PREFILL_CHUNK = 512  # chunks start at multiples of it, so a prompt's cache depends on it alone
 
@@ -35,7 +36,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Weights(nn.Module):
-    """A weight [N, K] and perhaps a bias [N], uninitialised; what is done with them is the caller's.
+    """A weight [N, K] and perhaps a bias [N], uninitialised; what they are used for is the owner's.
 
     nn.Linear would initialise itself, and the first time that happens on the meta device torch
     imports its compiler: one second and 70 MB before the first token.

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import draftnorm
 from draftnorm.decoding.sampling import SamplingConfig
 from draftnorm.decoding.statistics import Result
-from draftnorm.model.cache import KVCache
+from draftnorm.decoding.verification import Difference, first_difference
 from draftnorm.model.tokenizer import Tokenizer
 from draftnorm.model.transformer import Transformer
 
@@ -91,35 +90,20 @@ def build_document(
     }
     if plain and speculative and "interrupted" not in (plain.stop_reason, speculative.stop_reason):
         document |= compare(plain, speculative)
-        if not document["identical"]:
-            document["first_difference"] |= _explain(
-                document["first_difference"], target, prompt_ids, plain
-            )
+        difference = first_difference(
+            target.model, prompt_ids, plain.token_ids, speculative.token_ids
+        )
+        document["identical"] = difference is None
+        document["first_difference"] = difference and _explain(difference, target)
     return document
 
 
 def compare(plain: Result, speculative: Result) -> dict[str, Any]:
-    """Speed-ups and token identity of two finished runs of one prompt (measured side by side)."""
-    position = next(
-        (
-            i
-            for i, pair in enumerate(zip(plain.token_ids, speculative.token_ids, strict=False))
-            if pair[0] != pair[1]
-        ),
-        min(len(plain.token_ids), len(speculative.token_ids)),
-    )
-    identical = tuple(plain.token_ids) == tuple(speculative.token_ids)
-    difference = {
-        "position": position,
-        "plain_token": _at(plain.token_ids, position),
-        "speculative_token": _at(speculative.token_ids, position),
-    }
+    """Speed-ups between two finished runs of one prompt, measured side by side."""
     return {
         "speedup": _ratio(speculative.tokens_per_second, plain.tokens_per_second),
         "speedup_end_to_end": _ratio(_rate_after_load(speculative), _rate_after_load(plain)),
         "predicted_speedup": _predicted_speedup(plain, speculative),
-        "identical": identical,
-        "first_difference": None if identical else difference,
     }
 
 
@@ -198,28 +182,20 @@ def _speculation(result: Result | None) -> dict[str, Any]:
     return {key: statistics[key] for key in _SPECULATIVE_KEYS}
 
 
-def _explain(
-    difference: dict[str, Any], target: Loaded, prompt_ids: Sequence[int], plain: Result
-) -> dict[str, Any]:
-    """The tokens as text, and how near a tie it was: the gap of the target's top two logits."""
-    tokens = torch.tensor([*prompt_ids, *plain.token_ids[: difference["position"]]])
-    cache = KVCache(
-        target.model.config,
-        capacity=len(tokens),
-        device=target.model.device,
-        dtype=target.model.dtype,
-    )
-    with torch.inference_mode():
-        logits_V: Tensor = target.model.prefill(tokens.to(target.model.device), cache)
-    first, second = logits_V.float().topk(2).values.tolist()
+def _explain(difference: Difference, target: Loaded) -> dict[str, Any]:
+    """The first difference for the JSON document, its tokens also as text."""
+    plain, speculative = difference.tokens
 
     def text(token: int | None) -> str:
         return "" if token is None else target.tokenizer.decode([token])
 
     return {
-        "plain_text": text(difference["plain_token"]),
-        "speculative_text": text(difference["speculative_token"]),
-        "top_two_gap": first - second,
+        "position": difference.index,
+        "plain_token": plain,
+        "speculative_token": speculative,
+        "plain_text": text(plain),
+        "speculative_text": text(speculative),
+        "top_two_gap": difference.top_two_gap,
     }
 
 
@@ -239,10 +215,6 @@ def _rate_after_load(result: Result) -> float | None:
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:
     return numerator / denominator if numerator is not None and denominator else None
-
-
-def _at(tokens: tuple[int, ...], position: int) -> int | None:
-    return tokens[position] if position < len(tokens) else None
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
