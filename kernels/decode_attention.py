@@ -1,0 +1,291 @@
+"""Attention of a decode step over the cache: few query rows, many keys, split by absolute position.
+
+Legend: B sequences (or tree paths), T rows of each, M = B·T rows, H query heads, G key/value heads,
+K head size, S cache slots, R = 16 rows of a tile: rows of one sequence × the heads of one group.
+
+A program handles one split of 256 keys at an absolute multiple for one tile; each of its warps has
+a slab of every block of keys and a running softmax of its own. Slabs, then the splits of an aligned
+group of 16, then groups are joined in a fixed order, and what a row does not see adds exact zeros.
+So its bits depend on its own position, keys and window alone: not on the rows beside it, not on how
+many splits the grid has room for. The last program of a group to finish joins it.
+
+A row at position p sees keys max(0, p - window + 1) … p; the new rows' keys are in the cache
+already. Position p lives in slot p or, in a tree, where `path_slots` [B, path length] says: the
+slots of a path's positions from `path_start[b]` on. Keys thus stay in order of position, whatever
+branch a row is on.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from draftnorm.kernels.attention import attention_reference
+from draftnorm.kernels.projection import sum_slabs
+
+ROWS = 16
+SPLIT = 256
+GROUP_SPLITS = 16  # splits joined at a time
+BLOCK_S, SLABS, STAGES = 64, 4, 3  # keys of a block, its slabs (one a warp), pipeline stages
+_ROWS: tl.constexpr = tl.constexpr(ROWS)
+_SPLIT: tl.constexpr = tl.constexpr(SPLIT)
+_GROUP_SPLITS: tl.constexpr = tl.constexpr(GROUP_SPLITS)
+
+
+@triton.jit
+def _rescale(new_max, old_max):
+    """exp2(old - new), 0 where nothing was seen yet (both may be -inf)."""
+    return tl.where(old_max == float("-inf"), 0.0, tl.exp2(old_max - new_max))
+
+
+@triton.jit
+def _load_block(
+    key_ptr, value_ptr, base, s_LN, end, path_slots_ptr, path_start_ptr, path_length, b, dim,
+    K: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [L, N, K] of the positions s_LN below `end`."""
+    slot = s_LN
+    if path_slots_ptr is not None:
+        step = s_LN - tl.load(path_start_ptr + b)
+        on_path = (step >= 0) & (step < path_length)
+        slot = tl.load(path_slots_ptr + b * path_length + step, mask=on_path, other=0)
+        slot = tl.where(step >= 0, slot, s_LN)
+    place = base + slot.to(tl.int64)[:, :, None] * K + dim[None, None, :]
+    mask = (s_LN < end)[:, :, None] & (dim < K)[None, None, :]
+    k_LNK = tl.load(key_ptr + place, mask=mask, other=0.0)
+    return k_LNK, tl.load(value_ptr + place, mask=mask, other=0.0)
+
+
+@triton.jit
+def _attend(
+    q_LRK, k_LNK, v_LNK, s_LN, position_R, scale, acc_LRK, max_LR, sum_LR, WINDOW: tl.constexpr
+):
+    """One block of keys into the running softmax of each slab: nothing leaves its warp."""
+    scores = tl.dot(q_LRK, tl.permute(k_LNK, (0, 2, 1)), input_precision="ieee") * scale
+    seen = s_LN[:, None, :] <= position_R[None, :, None]
+    if WINDOW > 0:
+        seen &= s_LN[:, None, :] > position_R[None, :, None] - WINDOW
+    scores = tl.where(seen, scores, float("-inf"))
+    new_max = tl.maximum(max_LR, tl.max(scores, axis=2))
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf is NaN
+    p = tl.exp2(scores - shift[:, :, None])
+    keep = _rescale(shift, max_LR)
+    acc_LRK = acc_LRK * keep[:, :, None]
+    acc_LRK = tl.dot(p.to(v_LNK.dtype), v_LNK, acc_LRK, input_precision="ieee")
+    return acc_LRK, new_max, sum_LR * keep + tl.sum(p, axis=2)
+
+
+@triton.jit
+def _store_part(acc_ptr, extremes_ptr, part, acc_RK, max_R, sum_R, row_ok, dim, K: tl.constexpr):
+    """Leave one part of a tile for the program that joins: acc [16, K], maximum and sum [2, 16]."""
+    r = tl.arange(0, _ROWS)
+    place = acc_ptr + (part * _ROWS + r)[:, None] * K + dim[None, :]
+    tl.store(place, acc_RK, mask=row_ok[:, None] & (dim < K)[None, :])
+    tl.store(extremes_ptr + part * (2 * _ROWS) + r, max_R)
+    tl.store(extremes_ptr + part * (2 * _ROWS) + _ROWS + r, sum_R)
+
+
+@triton.jit
+def _join(acc_ptr, extremes_ptr, first, last, row_ok, dim, K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Join parts first … last: weights by their common maximum, then left to right."""
+    r = tl.arange(0, _ROWS)
+    max_R = tl.full([_ROWS], float("-inf"), tl.float32)
+    sum_R = tl.zeros([_ROWS], tl.float32)
+    acc_RK = tl.zeros([_ROWS, BLOCK_D], tl.float32)
+    for part in range(first, last + 1):
+        # .cg: other programs wrote these, so this one's L1 must not answer.
+        part_max = tl.load(extremes_ptr + part * (2 * _ROWS) + r, cache_modifier=".cg")
+        max_R = tl.maximum(max_R, part_max)
+    for start in range(first, last + 1, 4):
+        for i in tl.static_range(4):  # four at a time, so that their loads overlap
+            part = start + i
+            live = part <= last
+            extremes = extremes_ptr + part * (2 * _ROWS) + r
+            part_max = tl.load(extremes, mask=live, other=float("-inf"), cache_modifier=".cg")
+            part_sum = tl.load(extremes + _ROWS, mask=live, other=0.0, cache_modifier=".cg")
+            place = acc_ptr + (part * _ROWS + r)[:, None] * K + dim[None, :]
+            mask = live & row_ok[:, None] & (dim < K)[None, :]
+            part_RK = tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
+            weight_R = _rescale(max_R, part_max)
+            sum_R += part_sum * weight_R
+            acc_RK += part_RK * weight_R[:, None]
+    return acc_RK, max_R, sum_R
+
+
+@triton.jit(do_not_specialize=["T", "S", "sequence_lines", "path_length", "scale"])
+def _decode_attention_kernel(
+    out_ptr, q_ptr, key_ptr, value_ptr, position_ptr, T, S, sequence_lines, scale,
+    path_slots_ptr, path_start_ptr, path_length,
+    acc_ptr, extremes_ptr, ticket_ptr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    HEADS: tl.constexpr = H // G
+    HEADS_IN_TILE: tl.constexpr = min(HEADS, _ROWS)
+    HEAD_TILES: tl.constexpr = (HEADS + _ROWS - 1) // _ROWS
+    ROWS_IN_TILE: tl.constexpr = _ROWS // HEADS_IN_TILE
+    row_tiles = tl.cdiv(T, ROWS_IN_TILE)
+    b = tl.program_id(0) // row_tiles
+    group = tl.program_id(1) // HEAD_TILES
+    split, splits = tl.program_id(2), tl.num_programs(2)
+    r = tl.arange(0, _ROWS)
+    t = tl.program_id(0) % row_tiles * ROWS_IN_TILE + r // HEADS_IN_TILE
+    head = tl.program_id(1) % HEAD_TILES * _ROWS + r % HEADS_IN_TILE
+    row_ok = (r < ROWS_IN_TILE * HEADS_IN_TILE) & (t < T) & (head < HEADS)
+    row = (b * T + t).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    # A block of keys is L slabs of N neighbours, one slab a warp.
+    N: tl.constexpr = BLOCK_S // L
+    slab_LN = tl.arange(0, L)[:, None] * N + tl.arange(0, N)[None, :]
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+    base = (b.to(tl.int64) * sequence_lines + group * S) * K
+    max_LR = tl.full([L, _ROWS], float("-inf"), tl.float32)
+    sum_LR = tl.zeros([L, _ROWS], tl.float32)
+    acc_LRK = tl.zeros([L, _ROWS, BLOCK_D], tl.float32)
+    position_R = tl.load(position_ptr + row, mask=row_ok, other=-1)
+    q_ptrs = (row * H + group * HEADS + head)[:, None] * K + dim[None, :]
+    q_mask = row_ok[:, None] & (dim < K)[None, :]
+    q_RK = tl.load(q_ptr + q_ptrs, mask=q_mask, other=0.0)
+    q_LRK = tl.broadcast_to(q_RK[None, :, :], [L, _ROWS, BLOCK_D])
+    last_key = tl.max(position_R)
+    last_split = last_key // _SPLIT
+    first_split = 0
+    if WINDOW > 0:
+        first_seen = tl.min(tl.where(row_ok, position_R, last_key)) - WINDOW + 1
+        first_split = tl.maximum(first_seen, 0) // _SPLIT
+    if (split < first_split) | (split > last_split):
+        return
+
+    end = tl.minimum(split * _SPLIT + _SPLIT, last_key + 1)
+    for start in tl.range(split * _SPLIT, end, BLOCK_S, num_stages=STAGES):
+        s_LN = start + slab_LN
+        k_LNK, v_LNK = _load_block(
+            key_ptr, value_ptr, base, s_LN, end, path_slots_ptr, path_start_ptr, path_length,
+            b, dim, K,
+        )  # fmt: skip
+        acc_LRK, max_LR, sum_LR = _attend(
+            q_LRK, k_LNK, v_LNK, s_LN, position_R, scale, acc_LRK, max_LR, sum_LR, WINDOW
+        )
+    max_R = tl.max(max_LR, axis=0)
+    weight_LR = _rescale(max_R[None, :], max_LR)
+    sum_R = tl.sum(sum_LR * weight_LR, axis=0)
+    acc_RK = sum_slabs(acc_LRK * weight_LR[:, :, None], L, _ROWS, BLOCK_D)
+
+    # Join. A single part needs none: its weight would be exp2(0) = 1.
+    line = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    groups = tl.cdiv(splits, _GROUP_SPLITS)
+    acc_ptr += line.to(tl.int64) * (splits + groups) * _ROWS * K
+    extremes_ptr += line.to(tl.int64) * (splits + groups) * 2 * _ROWS
+    ticket_ptr += line * (groups + 1)
+    my_group = split // _GROUP_SPLITS
+    first_in_group = tl.maximum(first_split, my_group * _GROUP_SPLITS)
+    last_in_group = tl.minimum(last_split, my_group * _GROUP_SPLITS + _GROUP_SPLITS - 1)
+    if first_in_group < last_in_group:
+        _store_part(acc_ptr, extremes_ptr, split, acc_RK, max_R, sum_R, row_ok, dim, K)
+        tl.debug_barrier()  # every thread's share is written before the ticket says so
+        ticket = tl.atomic_add(ticket_ptr + my_group, 1, sem="acq_rel")
+        if ticket != last_in_group - first_in_group:
+            return
+        tl.store(ticket_ptr + my_group, 0)
+        acc_RK, max_R, sum_R = _join(
+            acc_ptr, extremes_ptr, first_in_group, last_in_group, row_ok, dim, K, BLOCK_D
+        )
+    first_group, last_group = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
+    if first_group < last_group:
+        _store_part(acc_ptr, extremes_ptr, splits + my_group, acc_RK, max_R, sum_R, row_ok, dim, K)
+        tl.debug_barrier()
+        ticket = tl.atomic_add(ticket_ptr + groups, 1, sem="acq_rel")
+        if ticket != last_group - first_group:
+            return
+        tl.store(ticket_ptr + groups, 0)
+        first_group, last_group = splits + first_group, splits + last_group
+        acc_RK, max_R, sum_R = _join(
+            acc_ptr, extremes_ptr, first_group, last_group, row_ok, dim, K, BLOCK_D
+        )
+    out_RK = acc_RK / tl.where(sum_R == 0.0, 1.0, sum_R)[:, None]
+    tl.store(out_ptr + q_ptrs, out_RK.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionWorkspace:
+    """Parts on their way to being joined: fp32 and zeroed int32 buffers of `workspace_sizes`."""
+
+    acc: Tensor
+    extremes: Tensor
+    tickets: Tensor
+
+
+def workspace_sizes(
+    sequences: int, rows: int, H: int, G: int, K: int, splits: int
+) -> tuple[int, int, int]:
+    """Elements of an AttentionWorkspace for `sequences` of `rows` new tokens and `splits`."""
+    lines = math.prod(_tiles(sequences, rows, H, G))
+    groups = triton.cdiv(splits, GROUP_SPLITS)
+    parts = lines * (splits + groups)
+    return parts * ROWS * K, parts * 2 * ROWS, lines * (groups + 1)
+
+
+def _tiles(sequences: int, rows: int, H: int, G: int) -> tuple[int, int]:
+    """Programs of one split: tiles of rows, tiles of heads."""
+    heads = H // G
+    return sequences * triton.cdiv(rows, ROWS // min(heads, ROWS)), G * triton.cdiv(heads, ROWS)
+
+
+def decode_attention(
+    out_MHK: Tensor,
+    q_MHK: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions_M: Tensor,
+    *,
+    rows: int,
+    splits: int,
+    workspace: AttentionWorkspace,
+    pdl: dict[str, bool],
+    window: int | None = None,
+    path_slots: Tensor | None = None,
+    path_start: Tensor | None = None,
+) -> None:
+    """Attend from `rows` new tokens of each sequence to its cache [B, G, S, K], into `out_MHK`.
+
+    `positions_M` int32: rows of one sequence are neighbours, in order of position. `splits` is the
+    room of the grid, ceil((largest position + 1) / 256) or more. With `path_slots` int32 [B, N]
+    and `path_start` int32 [B], B paths share the cache of one sequence. Nothing is allocated.
+    """
+    _, H, K = q_MHK.shape
+    _, G, S, _ = keys.shape
+    sequences = len(path_start) if path_start is not None else keys.shape[0]
+    _decode_attention_kernel[(*_tiles(sequences, rows, H, G), splits)](
+        out_MHK, q_MHK, keys, values, positions_M, rows, S,
+        0 if path_start is not None else G * S, K**-0.5 * math.log2(math.e),
+        path_slots, path_start, path_slots.shape[1] if path_slots is not None else 0,
+        workspace.acc, workspace.extremes, workspace.tickets,
+        H, G, K, window or 0, max(triton.next_power_of_2(K), 16), BLOCK_S, SLABS, STAGES,
+        num_warps=SLABS, **pdl,
+    )  # fmt: skip
+
+
+def decode_attention_reference(
+    q_MHK: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: list[int],
+    *,
+    rows: int,
+    window: int | None = None,
+) -> Tensor:
+    """The definition, a sequence at a time; `rows` new tokens from position `starts[b]` on."""
+    out = []
+    for b, start in enumerate(starts):
+        q_THK = q_MHK[b * rows : (b + 1) * rows]
+        k_SGK, v_SGK = (x[b, :, : start + rows].transpose(0, 1) for x in (keys, values))
+        out.append(attention_reference(q_THK, k_SGK, v_SGK, start=start, window=window))
+    return torch.cat(out)

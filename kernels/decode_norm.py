@@ -1,0 +1,98 @@
+"""RMSNorm of a decode step in two halves, with the bits of `rms_norm`.
+
+Legend: M rows, K columns, R rows of a tile.
+
+The kernel that produces a row sees only a few of its columns, the kernel that needs it normalised
+should not have to reduce it again. So the producer leaves the sums of squares of aligned blocks of
+16 columns. They are nodes of the summation tree of `rms_norm` (neighbours first), and whoever
+finishes the tree gets its rstd, bit for bit: a product's prologue, where a program holds whole
+rows, or `normalize`, a short kernel, where the product is a pipelined loop over K.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from draftnorm.kernels.rms_norm import INTERPRETED, sum_row
+
+SQUARES = 16  # columns of a block
+_SQUARES: tl.constexpr = tl.constexpr(SQUARES)
+
+
+@triton.jit
+def square_sums(y_RW, R: tl.constexpr, W: tl.constexpr):
+    """Sums of squares of aligned blocks of 16 columns: fp32 [R, W] -> [R, W / 16]."""
+    BLOCKS: tl.constexpr = W // _SQUARES
+    squares = tl.reshape(tl.fma(y_RW, y_RW, 0.0), [R * BLOCKS, _SQUARES])
+    return tl.reshape(sum_row(squares, R * BLOCKS, 4), [R, BLOCKS])
+
+
+@triton.jit
+def load_squares(squares_ptr, rows, row_ok, K: tl.constexpr, LEVELS: tl.constexpr):
+    """What the producer of these rows left: fp32 [R, 2^LEVELS], zeros past the last block."""
+    BLOCKS: tl.constexpr = (K + _SQUARES - 1) // _SQUARES
+    block = tl.arange(0, 1 << LEVELS)[None, :]
+    mask = row_ok[:, None] & (block < BLOCKS)
+    return tl.load(squares_ptr + rows[:, None] * BLOCKS + block, mask=mask, other=0.0)
+
+
+@triton.jit
+def finish_rstd(squares, eps, K: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr):
+    """1 / sqrt(mean(x²) + eps) of each row, fp32 [R], as `row_rstd` rounds it."""
+    square_sum_R = sum_row(squares, R, LEVELS)
+    return tl.rsqrt(tl.fma(square_sum_R, 1.0 / K, tl.cast(eps, tl.float32)))
+
+
+@triton.jit(do_not_specialize=["eps"])
+def _normalize_kernel(
+    y_ptr, x_ptr, weight_ptr, squares_ptr, eps,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, NORM_LEVELS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = column < K
+    scale = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    place = row[:, None] * K + column[None, :]
+    squares = load_squares(squares_ptr, row, row >= 0, K, NORM_LEVELS)
+    x = tl.load(x_ptr + place, mask=mask[None, :], other=0.0).to(tl.float32)
+    rstd = finish_rstd(squares, eps, K, 1, NORM_LEVELS)
+    dtype = y_ptr.dtype.element_ty
+    y = (x * rstd[:, None]).to(dtype).to(tl.float32) * scale[None, :]
+    tl.store(y_ptr + place, y.to(dtype), mask=mask[None, :])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Norm:
+    """RMSNorm of the input: weight [K] and the input's square sums, fp32 [M, ceil(K / 16)]."""
+
+    weight: Tensor
+    squares: Tensor
+    eps: float
+
+
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Launch options: programmatic dependent launch where the device has it (sm_90 and later)."""
+    if INTERPRETED or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+def norm_levels(K: int) -> int:
+    """Levels of the summation tree above the blocks of 16 columns."""
+    return max((K - 1).bit_length() - 4, 0)
+
+
+def normalize(y_MK: Tensor, x_MK: Tensor, norm: Norm, *, rows: int, pdl: dict[str, bool]) -> None:
+    """Launch the second half by itself: x, y [M, K]. Nothing is allocated."""
+    K = x_MK.shape[1]
+    block_k = min(max(triton.next_power_of_2(K), SQUARES), 1024)
+    _normalize_kernel[(rows, triton.cdiv(K, block_k))](
+        y_MK, x_MK, norm.weight, norm.squares, norm.eps, K, block_k, norm_levels(K), **pdl
+    )

@@ -1,0 +1,312 @@
+"""DecodeStep: one decode step of a Transformer on a GPU, as a captured graph of fused kernels.
+
+Shapes: B sequences, T new tokens of each, M = B·T rows, D hidden, F feed-forward width, H query
+heads, G key/value heads, K head size, E experts, V vocabulary.
+
+Five kernels a layer (norm + qkv + rotary + cache write; attention; output product + residual; norm
++ gate/up + SiLU; down product + residual), plus two for the router of a sparse layer; before them
+the embedding, after them norm + head + argmax. Every buffer is allocated once; lengths, positions
+and the running token live on the device. A graph is captured once per (T, context tier): a tier is
+only the room of attention's grid, and bits depend on neither T nor tier (contract 3).
+
+    step = DecodeStep(model, cache)
+    logits_BTV = step.forward(tokens_BT)         # decode or verify, as Transformer.decode
+    for token in step.greedy(token, count): ...  # plain greedy decoding: replays, read late
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from draftnorm.kernels.decode_attention import (
+    SPLIT,
+    AttentionWorkspace,
+    decode_attention,
+    workspace_sizes,
+)
+from draftnorm.kernels.decode_experts import route_rows
+from draftnorm.kernels.decode_norm import SQUARES, Norm, normalize, pdl_options
+from draftnorm.kernels.head import choose, embed
+from draftnorm.kernels.projection import (
+    Experts,
+    Rotary,
+    Tiling,
+    Workspace,
+    choose_tiling,
+    project,
+)
+from draftnorm.kernels.rms_norm import INTERPRETED, rms_norm_forward
+from draftnorm.model.cache import KVCache
+from draftnorm.model.transformer import Layer, Transformer
+
+ROWS = 16  # the most rows of a step unless its owner asks for more
+RING = 64  # tokens of a sequence that the host may be behind
+RUN_AHEAD = 2  # replays in flight before the host waits for a token
+NORMS = ("train", "inference", "fused")
+
+
+class DecodeStep:
+    """Binds a model to a cache and to the device state of a step.
+
+    `rows` bounds B·T of a call. `norm` is the rung of the ladder: "fused" puts RMSNorm in the
+    prologue of the product after it or, where that does not fit, finishes it from the sums that the
+    product before it left; "inference" and "train" launch `rms_norm` without and with the store of
+    rstd. All three give equal bits. `pdl=False` turns dependent launch off.
+    Raises ValueError for a model that is not on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        *,
+        rows: int = ROWS,
+        norm: str = "fused",
+        pdl: bool = True,
+        tilings: dict[str, Tiling] | None = None,
+    ) -> None:
+        config, device, dtype = model.config, model.device, model.dtype
+        if not (device.type == "cuda" or INTERPRETED):
+            raise ValueError(f"DecodeStep runs Triton kernels: the model is on {device}, not a GPU")
+        if norm not in NORMS:
+            raise ValueError(f"{norm=} is not one of {NORMS}")
+        self.model, self.cache, self.config = model, cache, config
+        self.rows, self.norm = rows, norm
+        self.pdl = pdl_options(device) if pdl else {"PDL": False}
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        D, K, V = config.hidden_size, config.head_size, config.vocab_size
+        B, H, G = len(cache.lengths), config.num_heads, config.num_kv_heads
+        E, A = config.num_experts, config.experts_per_token
+        self.batch = B
+
+        def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        M, int32, fp32 = rows, torch.int32, torch.float32
+        self.tokens = buffer(M, dtype=int32)
+        self.chosen = buffer(M, dtype=int32)
+        self.lengths = buffer(B, dtype=int32)
+        self.positions, self.slots = buffer(M, dtype=int32), buffer(M, dtype=int32)
+        self.x, self.normed = buffer(M, D), buffer(M, D)
+        self.q, self.attended = buffer(M, H, K), buffer(M, H, K)
+        self.squares = buffer(M, -(-D // SQUARES), dtype=fp32)
+        self.logits = buffer(M, V, dtype=fp32)
+        self.touched = min(E, M * A)
+        widths = [config.intermediate_size, self.touched * config.expert_size]
+        self.gated = buffer(M * max(widths))
+        self.router_logits = buffer(M, max(E, 1), dtype=fp32)
+        self.routing, self.experts = buffer(max(E, 1), M, dtype=fp32), buffer(1 + E, dtype=int32)
+        # Pinned, so that a kernel can write it; -1 marks a token that is not there yet.
+        self.ring = torch.full((B, RING), -1, dtype=int32, pin_memory=device.type == "cuda")
+
+        rotary = torch.arange(cache.capacity, device=device)[:, None] * model._frequencies()
+        self.cos, self.sin = rotary.cos(), rotary.sin()
+        qkv_rows = (H + 2 * G) * K
+        self.tilings = {
+            "qkv": choose_tiling(qkv_rows, D, "rotary"),
+            "o": choose_tiling(D, H * K, "residual"),
+            "gate_up": choose_tiling(2 * config.intermediate_size, D, "gated"),
+            "down": choose_tiling(D, config.intermediate_size, "residual"),
+            "router": choose_tiling(max(E, 1), D, "plain"),
+            "expert_gate_up": choose_tiling(2 * config.expert_size, D, "gated", expert=True),
+            "expert_down": choose_tiling(D, config.expert_size, "residual", expert=True),
+            "head": choose_tiling(V, D, "argmax"),
+        } | (tilings or {})
+        tiles = -(-V // self.tilings["head"].rows)
+        self.best = buffer(M, tiles, dtype=fp32), buffer(M, tiles, dtype=int32)
+        splits = max(tiling.splits for tiling in self.tilings.values())
+        padded, widest = -(-M // ROWS) * ROWS, max(qkv_rows, D, 2 * config.intermediate_size)
+        self.workspace = Workspace(
+            partials=buffer(max(splits * widest, self.touched * D) * padded, dtype=fp32),
+            tickets=buffer(-(-widest // 8) * padded // ROWS, dtype=int32),
+        )
+        most_splits = self._tier(cache.capacity)
+        sizes = [workspace_sizes(B, T, H, G, K, most_splits) for T in range(1, max(M // B, 1) + 1)]
+        acc, extremes, tickets = map(max, zip(*sizes, strict=True))
+        self.attention_workspace = AttentionWorkspace(
+            acc=buffer(acc, dtype=fp32),
+            extremes=buffer(extremes, dtype=fp32),
+            tickets=buffer(tickets, dtype=int32),
+        )
+
+    @torch.inference_mode()
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Append T tokens to every sequence of the cache; logits after each, fp32 [B, T, V].
+
+        The result is a view of a buffer that the next call overwrites.
+        """
+        B, T = tokens_BT.shape
+        if self.batch != B or tokens_BT.numel() > self.rows:
+            raise ValueError(f"{tokens_BT.shape=} is not {self.batch} × at most {self.rows} rows")
+        self.lengths.copy_(torch.tensor(self.cache.lengths, dtype=torch.int32))
+        for b in range(B):
+            self.cache.extend(T, b)
+        self.tokens[: B * T] = tokens_BT.flatten()
+        self._run(T, self._tier(max(self.cache.lengths)), plain=False)
+        return self.logits[: B * T].view(B, T, -1)
+
+    @torch.inference_mode()
+    def greedy(self, token: int, count: int) -> Iterator[int]:
+        """Decode `count` tokens after `token`, the best each time; one sequence only.
+
+        The device runs ahead of the caller by up to two steps; closing the iterator early leaves
+        the cache at the tokens that were yielded.
+        """
+        if self.batch != 1:
+            raise ValueError(f"greedy decodes one sequence, the cache holds {self.batch}")
+        start = self.cache.lengths[0]
+        self.cache.extend(count)
+        self.cache.lengths[0] = start
+        self._synchronize()  # a step that an earlier caller left in flight still writes the ring
+        self.ring.fill_(-1)
+        self.tokens[0] = token
+        self.lengths[0] = start
+        if self.x.is_cuda:
+            for tier in sorted({self._tier(start + n) for n in range(1, count + 1)}):
+                self._graph(1, tier, plain=True)  # nothing is compiled after the first token
+        ring, sent = self.ring[0].numpy(), 0
+        for taken in range(count):
+            while sent < min(count, taken + 1 + RUN_AHEAD):
+                sent += 1
+                self._run(1, self._tier(start + sent), plain=True)
+            place = (start + taken + 1) % RING
+            while ring[place] < 0:  # written by the step's last kernel, over the bus
+                torch.cuda.current_stream().query()  # raises if a kernel failed
+            token = int(ring[place])
+            ring[place] = -1
+            self.cache.lengths[0] += 1
+            yield token
+
+    def _tier(self, length: int) -> int:
+        """Splits of attention's grid for a context of `length`: a power of two, or all."""
+        splits, most = -(-length // SPLIT), -(-self.cache.capacity // SPLIT)
+        return min(max(1 << (splits - 1).bit_length(), 2), most)
+
+    def _synchronize(self) -> None:
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
+
+    def _run(self, T: int, tier: int, *, plain: bool) -> None:
+        if self.x.is_cuda:
+            self._graph(T, tier, plain=plain).replay()
+        else:  # the interpreter
+            self.launch(T, tier, plain=plain)
+
+    def _graph(self, T: int, tier: int, *, plain: bool) -> torch.cuda.CUDAGraph:
+        """The captured step. A new one is launched once to compile it, and undone."""
+        key = (T, tier, plain)
+        if key not in self.graphs:
+            torch.cuda.synchronize()  # steps in flight still write the state
+            state = (self.tokens, self.lengths, self.ring)
+            saved = [tensor.clone() for tensor in state]
+            self.launch(T, tier, plain=plain)
+            torch.cuda.synchronize()
+            for tensor, value in zip(state, saved, strict=True):
+                tensor.copy_(value)
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key]):
+                self.launch(T, tier, plain=plain)
+        return self.graphs[key]
+
+    def launch(self, T: int, tier: int, *, plain: bool) -> None:
+        """Enqueue the kernels of one step; `plain` ends it as a greedy step that feeds itself."""
+        model, rows = self.model, self.batch * T
+        embed(
+            self.x, self.squares, self.positions, self.slots, self.tokens, self.lengths,
+            model.model.embed_tokens.weight, rows=rows, rows_per_sequence=T, pdl=self.pdl,
+        )  # fmt: skip
+        for index, layer in enumerate(model.model.layers):
+            self._attention(layer, index, T, tier)
+            if self.config.is_sparse(index):
+                self._experts(layer, rows)
+            else:
+                self._mlp(layer, rows)
+        logits = None if plain else self.logits
+        self._project("head", logits, self.x, model._head_VD(), rows, "argmax", best=self.best,
+                      norm=model.model.norm)  # fmt: skip
+        choose(
+            self.chosen, self.best, rows=rows, vocabulary=self.config.vocab_size,
+            tile_rows=self.tilings["head"].rows, pdl=self.pdl,
+            advance=(self.tokens, self.lengths, self.ring) if plain else None,
+        )  # fmt: skip
+
+    def _attention(self, layer: Layer, index: int, T: int, tier: int) -> None:
+        attention, cache, rows = layer.self_attn, self.cache, self.batch * T
+        qk_norm = self.config.qk_norm
+        rotary = Rotary(
+            cos=self.cos, sin=self.sin, positions_M=self.positions, slots_M=self.slots,
+            rows_per_sequence=T, keys=cache.keys[index], values=cache.values[index],
+            eps=self.config.norm_eps,
+            q_norm=attention.q_norm.weight if qk_norm else None,
+            k_norm=attention.k_norm.weight if qk_norm else None,
+        )  # fmt: skip
+        self._project("qkv", self.q, self.x, attention.qkv_proj.weight, rows, "rotary",
+                      bias=attention.qkv_proj.bias, norm=layer.input_layernorm,
+                      rotary=rotary)  # fmt: skip
+        decode_attention(
+            self.attended, self.q, cache.keys[index], cache.values[index], self.positions,
+            rows=T, splits=tier, workspace=self.attention_workspace, pdl=self.pdl,
+            window=self.config.windows[index],
+        )  # fmt: skip
+        attended = self.attended.view(self.rows, -1)
+        self._project("o", self.x, attended, attention.o_proj.weight, rows, "residual",
+                      bias=attention.o_proj.bias)  # fmt: skip
+
+    def _mlp(self, layer: Layer, rows: int) -> None:
+        gate_up, down = layer.mlp.gate_up_proj, layer.mlp.down_proj
+        gated = self.gated[: self.rows * self.config.intermediate_size].view(self.rows, -1)
+        self._project("gate_up", gated, self.x, gate_up.weight, rows, "gated", bias=gate_up.bias,
+                      norm=layer.post_attention_layernorm)  # fmt: skip
+        self._project("down", self.x, gated, down.weight, rows, "residual", bias=down.bias)
+
+    def _experts(self, layer: Layer, rows: int) -> None:
+        mlp, norm = layer.mlp, layer.post_attention_layernorm
+        self._project("router", self.router_logits, self.x, mlp.gate.weight, rows, "plain",
+                      norm=norm)  # fmt: skip
+        route_rows(
+            self.experts, self.routing, self.router_logits, rows=rows,
+            experts=self.config.experts_per_token, renormalize=self.config.normalize_router,
+            pdl=self.pdl,
+        )  # fmt: skip
+        most = min(self.config.num_experts, rows * self.config.experts_per_token)
+        into, out = (
+            Experts(chosen=self.experts, routing_EM=self.routing, most=most, own_input=own)
+            for own in (False, True)
+        )
+        self._project("expert_gate_up", self.gated, self.x, mlp.experts.gate_up_proj, rows,
+                      "gated", norm=norm, experts=into)  # fmt: skip
+        self._project("expert_down", self.x, self.gated, mlp.experts.down_proj, rows, "residual",
+                      experts=out)  # fmt: skip
+
+    def _project(
+        self,
+        kind: str,
+        out: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        rows: int,
+        epilogue: str,
+        *,
+        bias: Tensor | None = None,
+        norm: torch.nn.Module | None = None,
+        rotary: Rotary | None = None,
+        experts: Experts | None = None,
+        best: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        prologue = None
+        if norm is not None and self.norm == "fused":
+            prologue = Norm(weight=norm.weight, squares=self.squares, eps=norm.eps)
+            if not self.tilings[kind].holds_norm(x.shape[1]):
+                normalize(self.normed, x, prologue, rows=rows, pdl=self.pdl)
+                x, prologue = self.normed, None
+        elif norm is not None:
+            x, _ = rms_norm_forward(
+                x[:rows], norm.weight, norm.eps, inference_mode=self.norm == "inference"
+            )
+        residual, squares = (self.x, self.squares) if epilogue == "residual" else (None, None)
+        project(
+            out, x, weight, rows=rows, epilogue=epilogue, workspace=self.workspace,
+            tiling=self.tilings[kind], pdl=self.pdl, bias_N=bias, norm=prologue,
+            residual_MN=residual, squares_out=squares, rotary=rotary, best=best, experts=experts,
+        )  # fmt: skip

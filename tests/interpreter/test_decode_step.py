@@ -1,0 +1,95 @@
+"""A whole decode step in Triton's interpreter: every family against the readable model."""
+
+import pytest
+import torch
+from decode_support import needs_run_time_loops
+
+from draftnorm.model.cache import KVCache
+from draftnorm.model.config import ModelConfig
+from draftnorm.model.decode_step import NORMS, DecodeStep
+from draftnorm.model.transformer import Transformer
+
+pytestmark = needs_run_time_loops
+
+BASE = dict(
+    vocab_size=97,
+    hidden_size=36,
+    intermediate_size=50,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_size=6,
+    context=512,
+    initializer_range=0.2,
+)
+FAMILIES = {
+    "llama": dict(tie_embeddings=True, qkv_bias=True, output_bias=True, mlp_bias=True),
+    "mistral": dict(architecture="mistral", windows=(7, 7)),
+    "mixtral": dict(
+        architecture="mixtral",
+        num_experts=5,
+        experts_per_token=2,
+        expert_size=26,
+        windows=(9, None),
+    ),
+    "qwen3_moe": dict(
+        architecture="qwen3_moe",
+        qk_norm=True,
+        num_experts=9,
+        experts_per_token=4,
+        expert_size=12,
+        normalize_router=False,
+        dense_layers=(0,),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_and_verify_match_the_readable_model(family: str) -> None:
+    model = Transformer(ModelConfig(**BASE | FAMILIES[family])).init_weights(seed=3)
+    tokens = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected_cache, cache = (KVCache(model.config, batch=2, capacity=30) for _ in range(2))
+    starts = (11, 8)
+    for b, start in enumerate(starts):
+        model.prefill(tokens[b, :start], expected_cache, sequence=b)
+    for ours, theirs in zip(
+        cache.keys + cache.values, expected_cache.keys + expected_cache.values, strict=True
+    ):
+        ours.fill_(torch.nan)  # what is not written must not matter
+        for b, start in enumerate(starts):
+            ours[b, :, :start] = theirs[b, :, :start]
+    cache.lengths = list(starts)
+    step = DecodeStep(model, cache, rows=16)
+    for T in (1, 3):
+        block = torch.stack([tokens[b, cache.lengths[b] :][:T] for b in range(2)])
+        expected = model.decode(block, expected_cache)
+        logits = step.forward(block)
+        # fp32 through two layers; logits are of size 1 to 10.
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert step.chosen[: 2 * T].tolist() == expected.argmax(-1).flatten().tolist()
+    for b, length in enumerate(cache.lengths):
+        for ours, theirs in zip(
+            cache.keys + cache.values, expected_cache.keys + expected_cache.values, strict=True
+        ):
+            torch.testing.assert_close(
+                ours[b, :, :length], theirs[b, :, :length], rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_greedy_follows_the_readable_model(norm: str) -> None:
+    model = Transformer(ModelConfig(**BASE | dict(num_layers=1))).init_weights(seed=3)
+    cache, expected_cache = (KVCache(model.config, capacity=7) for _ in range(2))
+    for c in (cache, expected_cache):
+        model.prefill([1, 2, 3], c)
+    expected, token = [], 4
+    for _ in range(3):
+        token = int(model.decode([[token]], expected_cache).argmax())
+        expected.append(token)
+    step = DecodeStep(model, cache, norm=norm)
+    assert next(step.greedy(4, 3)) == expected[0]
+    assert cache.lengths == [4]  # closed early, with steps under way: their tokens are nobody's
+    assert list(step.greedy(expected[0], 2)) == expected[1:]
+    assert cache.lengths == [6]
+    with pytest.raises(ValueError, match="do not fit"):
+        next(step.greedy(1, 2))
