@@ -244,14 +244,17 @@ class DecodeStep:
         self._project("qkv", self.q, self.x, attention.qkv_proj.weight, rows, "rotary",
                       bias=attention.qkv_proj.bias, norm=layer.input_layernorm,
                       rotary=rotary)  # fmt: skip
-        decode_attention(
-            self.attended, self.q, cache.keys[index], cache.values[index], self.positions,
-            rows=T, splits=tier, workspace=self.attention_workspace, pdl=self.pdl,
-            window=self.config.windows[index],
-        )  # fmt: skip
+        self._attend(index, T, tier)
         attended = self.attended.view(self.rows, -1)
         self._project("o", self.x, attended, attention.o_proj.weight, rows, "residual",
                       bias=attention.o_proj.bias)  # fmt: skip
+
+    def _attend(self, index: int, T: int, tier: int) -> None:
+        decode_attention(
+            self.attended, self.q, self.cache.keys[index], self.cache.values[index],
+            self.positions, rows=T, splits=tier, workspace=self.attention_workspace, pdl=self.pdl,
+            window=self.config.windows[index],
+        )  # fmt: skip
 
     def _mlp(self, layer: Layer, rows: int) -> None:
         gate_up, down = layer.mlp.gate_up_proj, layer.mlp.down_proj

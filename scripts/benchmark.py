@@ -1,4 +1,4 @@
-"""Measurements: `draftnorm benchmark norm | decode`, each a module of its own."""
+"""Measurements: `draftnorm benchmark norm | decode | ladder`, each a module of its own."""
 
 if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
     import sys
@@ -16,6 +16,7 @@ from draftnorm.scripts.main import add_commands
 BENCHMARKS = {
     "norm": ("benchmark_norm", "time RMSNorm over rows and hidden sizes"),
     "decode": ("benchmark_decode", "time plain and speculative decoding beside transformers"),
+    "ladder": ("benchmark_ladder", "time a GPU decode step of a real shape, kernel by kernel"),
 }
 
 
