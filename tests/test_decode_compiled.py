@@ -1,0 +1,149 @@
+"""What the decode kernels compile to for sm_90, without a GPU: order of the wait, and how many.
+
+A step of a model on the meta device is launched with recorders in place of the kernels, so the
+kernels, argument types and constants are exactly those of a real step.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from draftnorm.kernels import decode_attention, decode_experts, decode_norm, head, projection
+from draftnorm.model import decode_step
+from draftnorm.model.cache import KVCache
+from draftnorm.model.config import ModelConfig
+from draftnorm.model.transformer import Transformer
+
+pytestmark = pytest.mark.skipif(decode_norm.INTERPRETED, reason="compiles for a GPU")
+
+KERNELS = [
+    (projection, "_projection_kernel"),
+    (decode_attention, "_decode_attention_kernel"),
+    (decode_experts, "_route_kernel"),
+    (decode_norm, "_normalize_kernel"),
+    (head, "_embed_kernel"),
+    (head, "_choose_kernel"),
+]
+# A one-block prologue everywhere; loops over K, a router and experts.
+SMALL = dict(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=2, num_heads=9,
+    num_kv_heads=3, head_size=64, tie_embeddings=True,
+)  # fmt: skip
+LARGE = dict(
+    architecture="mixtral", vocab_size=32000, hidden_size=4096, intermediate_size=14336,
+    num_layers=2, num_heads=32, num_kv_heads=8, head_size=128, num_experts=8, experts_per_token=2,
+    expert_size=14336,
+)  # fmt: skip
+# What a kernel may read before it waits for its predecessors: weights, which nothing writes.
+IMMUTABLE = {"weight_ptr", "norm_weight_ptr"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, as far as it decides what is compiled."""
+
+    kernel: object
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    warps: int
+
+    def ptx(self) -> str:
+        types = dict(self.types)
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(self.kernel.arg_names)
+            if types[name].startswith("*")
+        }
+        source = ASTSource(self.kernel, types, dict(self.constants), aligned)
+        options = {"num_warps": self.warps, "launch_pdl": True}
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+class Recorder:
+    def __init__(self, kernel: object, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return self.record
+
+    def record(self, *arguments: object, num_warps: int = 4, launch_pdl: bool, **named: object):
+        values = dict(zip(self.kernel.arg_names, arguments, strict=False)) | named
+        types, constants = {}, {}
+        for parameter in self.kernel.params:
+            name, value = parameter.name, values[parameter.name]
+            if parameter.is_constexpr or value is None:
+                types[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+                types[name] = names[value.dtype]
+            else:
+                # Otherwise Triton would compile other code for 1 and for multiples of 16.
+                assert parameter.do_not_specialize, f"{self.kernel} specialises {name}={value}"
+                types[name] = "fp32" if isinstance(value, float) else "i32"
+        launch = Launch(self.kernel, tuple(types.items()), tuple(constants.items()), num_warps)
+        self.launches.append(launch)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    recorded: list[Launch] = []
+    for module, name in KERNELS:
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
+    monkeypatch.setattr(decode_step, "INTERPRETED", True)  # let it be built without a GPU
+    monkeypatch.setattr(decode_step, "pdl_options", lambda _: {"PDL": True, "launch_pdl": True})
+    return recorded
+
+
+def make_step(config: dict) -> decode_step.DecodeStep:
+    model = Transformer(ModelConfig(**config), device="meta", dtype=torch.bfloat16)
+    cache = KVCache(model.config, capacity=64, device="meta", dtype=torch.bfloat16)
+    return decode_step.DecodeStep(model, cache, rows=64)
+
+
+@pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
+def test_one_kernel_for_each_layer_shape(config: dict, launches: list[Launch]) -> None:
+    step, compiled = make_step(config), {}
+    for T in range(1, 65):
+        for tier in (2, 8):
+            launches.clear()
+            step.launch(T, tier, plain=False)
+            compiled[T, tier] = frozenset(launches)
+    # A tile of 8 rows or of 16; nothing else about the call matters.
+    assert len(set(compiled.values())) == 2
+    assert compiled[1, 2] == compiled[8, 8] and compiled[9, 2] == compiled[64, 8]
+    # embed, qkv, attention, o, gate/up, down, head, choose; normalize, router, route
+    assert len(compiled[1, 2]) == (8 if config is SMALL else 11)
+
+
+@pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
+def test_nothing_mutable_is_touched_before_the_wait(config: dict, launches: list[Launch]) -> None:
+    step = make_step(config)
+    step.launch(1, 2, plain=True)
+    step.launch(16, 2, plain=False)
+    early = 0
+    for launch in dict.fromkeys(launches):
+        runtime = [name for name, kind in launch.types if kind != "constexpr"]
+        before, *after = launch.ptx().split("griddepcontrol.wait")
+        assert len(after) == 1, f"{launch.kernel} waits {len(after)} times"
+        assert not re.search(r"\b(st|atom|red)\.(global|release|acq|relaxed)", before)
+        origin: dict[str, set[str]] = {}  # register -> the pointer parameters it derives from
+        for line in before.splitlines():
+            registers = re.findall(r"%r[ds]?\d+|%r\d+", line)
+            parameter = re.search(r"ld\.param\S*\s+(%\w+), \[\w+_param_(\d+)\]", line)
+            if parameter and int(parameter[2]) < len(runtime):
+                origin[parameter[1]] = {runtime[int(parameter[2])]} & {
+                    name for name in runtime if name.endswith("_ptr")
+                }
+            elif "ld.global" in line or "prefetch.global" in line:
+                address = re.search(r"\[\s*(%\w+)", line)[1]
+                assert origin[address] and origin[address] <= IMMUTABLE, (launch.kernel, line)
+                early += 1
+            elif len(registers) > 1:
+                origin[registers[0]] = set().union(*(origin.get(r, set()) for r in registers[1:]))
+    assert early > 0
