@@ -1,0 +1,126 @@
+"""The yardsticks of the evaluation: n-grams, function heads, bits a byte, intervals."""
+
+import itertools
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from draftnorm.scripts import evaluate_pair
+from draftnorm.scripts.ngram import ngram_nats
+
+SOURCE = '''\
+import os
+
+def short(a): return a
+
+class A:
+    def method(self, x):
+        """Docstring."""
+        y = x
+        return y
+
+@decorated
+def top(
+    a,
+    b=1,
+):
+    """Two
+    lines."""
+    c = a + b
+    return c
+'''
+
+
+def kneser_ney(train: list[int], V: int, order: int, context: tuple, word: int) -> float:
+    """The textbook recursion with dictionaries (Chen & Goodman 1999, eq. 21), ring-shaped text."""
+    ring = train[-order:] + train
+    grams = [
+        Counter(tuple(ring[i - n + 1 : i + 1]) for i in range(order, len(ring)))
+        for n in range(1, order + 1)
+    ]
+    p = 1 / V
+    for n in range(1, order + 1):
+        counts = grams[n - 1]
+        if n < order:
+            counts = Counter(gram[1:] for gram in grams[n])
+        c = context[len(context) - n + 1 :]
+        followers = {g: k for g, k in counts.items() if g[:-1] == c}
+        if not followers:
+            break
+        total, types = sum(followers.values()), len(followers)
+        p = (max(followers.get((*c, word), 0) - 0.75, 0) + 0.75 * types * p) / total
+    return p
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_ngrams_match_the_textbook_recursion(order):
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randint(0, 4, (60,), generator=generator)
+    held_out = torch.randint(0, 4, (25,), generator=generator)
+    ring = held_out[-order:].tolist() + held_out.tolist()
+    expected = -sum(
+        math.log(kneser_ney(train.tolist(), 4, order, tuple(ring[i - order + 1 : i]), ring[i]))
+        for i in range(order, len(ring))
+    )
+    nats = ngram_nats(train, held_out, 4, order) * len(held_out)
+    assert nats == pytest.approx(expected, rel=1e-9)  # fp64 throughout
+
+
+def test_ngram_probabilities_sum_to_one():
+    train = [0, 1, 2, 3, 1, 2, 0, 2, 1, 3]
+    for context in itertools.product(range(4), repeat=2):
+        total = sum(kneser_ney(train, 4, 3, context, word) for word in range(4))
+        assert total == pytest.approx(1.0)
+
+
+def test_heads_end_after_signature_and_docstring():
+    heads = list(evaluate_pair.function_heads(SOURCE, context_lines=0))
+    assert heads == ['def top(\n    a,\n    b=1,\n):\n    """Two\n    lines."""\n']
+    with_context = list(evaluate_pair.function_heads(SOURCE, context_lines=2))
+    assert any(
+        head.endswith('def method(self, x):\n        """Docstring."""\n') for head in with_context
+    )
+
+
+@pytest.mark.parametrize(
+    ("completion", "function", "ended"),
+    [
+        ("    return 1\n\n\ndef g():\n    pass", "    return 1\n\n\n", True),
+        ("    return 1\n    x = (", "    return 1\n", False),
+        ("    return 1\n", "    return 1\n", False),
+    ],
+)
+def test_a_completion_is_cut_at_the_functions_end(completion, function, ended):
+    assert evaluate_pair.cut_at_function_end("def f():\n", completion) == (
+        "def f():\n" + function,
+        ended,
+    )
+
+
+def test_bits_per_byte_of_a_uniform_model():
+    def uniform(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*tokens.shape, 16)
+
+    uniform.device = torch.device("cpu")
+    tokenizer = SimpleNamespace(
+        bos_token_id=1, encode=lambda text, add_special: [ord(c) % 16 for c in text]
+    )
+    # One token a byte, four bits a token, whatever the windows.
+    assert evaluate_pair.bits_per_byte(uniform, tokenizer, ["abcdefg" * 9, "xyz"], window=8) == (
+        pytest.approx(4.0)
+    )
+
+
+def test_the_interval_covers_the_mean_and_shrinks_with_more_prompts():
+    generator = np.random.Generator(np.random.Philox(0))
+    widths = []
+    for prompts in (50, 800):
+        sums = generator.integers(0, 40, prompts)
+        low, high = evaluate_pair._interval(sums, np.full(prompts, 10))
+        assert low < sums.mean() / 10 < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 3  # four times narrower in expectation
