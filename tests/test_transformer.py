@@ -149,3 +149,19 @@ def test_empty_prompt_and_full_cache_are_clear_errors(model: Transformer) -> Non
         model.prefill([], cache)
     with pytest.raises(ValueError, match="do not fit"):
         model.prefill([1, 2, 3, 4, 5], cache)
+
+
+def test_every_call_stays_on_the_models_device() -> None:
+    """On the meta device any tensor that was left on the CPU is an error, without a GPU to try on.
+
+    Dense models only: which experts a tile reads is known on the host.
+    """
+    variants = (VARIANTS[name] for name in ("llama", "mistral", "qwen3"))
+    for config in (ModelConfig(**BASE | variant) for variant in variants):
+        model = Transformer(config, device="meta", dtype=torch.bfloat16)
+        ones = torch.ones(2, 9, dtype=torch.long, device="meta")
+        cache = KVCache(config, capacity=20, device=model.device, dtype=model.dtype)
+        prefilled = model.prefill([1, 2, 3], cache), model.prefill(torch.tensor([4, 5]), cache)
+        decoded, whole = model.decode([[6, 7, 8]], cache), model(ones)
+        assert {x.device.type for x in (*prefilled, decoded, whole)} == {"meta"}
+        assert decoded.shape == (1, 3, 97) and whole.shape == (2, 9, 97)
