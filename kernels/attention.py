@@ -52,10 +52,12 @@ def row_attention(q_HK: Tensor, k_GSK: Tensor, v_GSK: Tensor, begin: int, end: i
     """One query over keys begin … end - 1; returns [H, K].
 
     One call a row, so that its shape, and with it the bits of the row, depend on the row's position
-    alone. The heads that share a key/value head are the rows of that call.
+    alone. The heads that share a key/value head are the rows of that call. The query is copied: the
+    library's bits depend on its alignment, which is another in each row of a tile if K is no
+    multiple of 4. (KVCache aligns keys and values.)
     """
     G, _, K = k_GSK.shape
     out_GRK = scaled_dot_product_attention(
-        q_HK.view(1, G, -1, K), k_GSK[None, :, begin:end], v_GSK[None, :, begin:end]
+        q_HK.clone().view(1, G, -1, K), k_GSK[None, :, begin:end], v_GSK[None, :, begin:end]
     )
     return out_GRK.reshape(-1, K)

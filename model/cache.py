@@ -1,6 +1,6 @@
 """KVCache: keys and values of every layer, with a length for every sequence.
 
-Shapes: B sequences, G key/value heads, S capacity in tokens, K head size.
+Shapes: B sequences, G key/value heads, S capacity in tokens, rounded up to 64, K head size.
 Rollback is setting a length. Positions at or past it are never read and get overwritten, so nothing
 is copied or cleared. A sliding window is a mask over the same cache, not a ring, which keeps
 rollback across a window's border trivially right.
@@ -12,7 +12,7 @@ from draftnorm.model.config import ModelConfig
 
 
 class KVCache:
-    """`keys[layer]` and `values[layer]` are [B, G, S, K]; `lengths[b]` counts committed tokens."""
+    """`keys[layer]` and `values[layer]` are [B, G, S, K]; `lengths[b]` counts tokens."""
 
     def __init__(
         self,
@@ -27,7 +27,9 @@ class KVCache:
             raise ValueError(
                 f"a cache needs batch and capacity of at least 1: {batch=} {capacity=}"
             )
-        shape = (batch, config.num_kv_heads, capacity, config.head_size)
+        # A library's bits may depend on how its operands are aligned. With heads a multiple of 64
+        # bytes apart, that of a key depends on its position, not on capacity, slot or head.
+        shape = (batch, config.num_kv_heads, -(-capacity // 64) * 64, config.head_size)
         self.capacity = capacity
         self.lengths = [0] * batch
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in config.windows]
@@ -50,9 +52,3 @@ class KVCache:
             )
         self.lengths[sequence] = start + count
         return range(start, start + count)
-
-    @staticmethod
-    def bytes_needed(config: ModelConfig, capacity: int, dtype: torch.dtype) -> int:
-        """Memory of one sequence's cache."""
-        per_token = 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
-        return per_token * capacity

@@ -121,11 +121,6 @@ class ModelConfig:
                     f"{self.experts_per_token} experts a token but only {self.num_experts} experts"
                 )
 
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.num_heads // self.num_kv_heads
-
     def is_sparse(self, layer: int) -> bool:
         """Whether this layer's feed-forward is a mixture of experts."""
         return self.num_experts > 0 and layer not in self.dense_layers

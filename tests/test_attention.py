@@ -56,3 +56,15 @@ def test_block_gradient() -> None:
     expected = torch.autograd.grad(reference.square().sum(), (q, k, v), allow_unused=True)
     for actual, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("K", [6, 14, 64])
+def test_row_attention_does_not_depend_on_where_its_query_lies(K: int) -> None:
+    torch.manual_seed(0)
+    k, v, q = torch.randn(1, 41, K), torch.randn(1, 41, K), torch.randn(2, K)
+    room = torch.empty(q.numel() + 16)
+    for end in (2, 5, 13, 41):
+        expected = row_attention(q, k, v, 0, end)
+        for offset in range(16):
+            there = room[offset : offset + q.numel()].view_as(q).copy_(q)
+            assert torch.equal(row_attention(there, k, v, 0, end), expected)

@@ -70,12 +70,12 @@ def test_a_row_has_the_same_bits_in_any_company(model: Transformer, rows: int) -
     cache = KVCache(model.config, capacity=60)
     model.prefill(sequence[:start], cache)
     alone = torch.cat([model.decode(sequence[None, t : t + 1], cache)[0] for t in range(start, 60)])
-    keys = [layer.clone() for layer in cache.keys]
+    keys = [layer[:, :, :60].clone() for layer in cache.keys]
     cache.rollback(start)
     for t in range(start, 60, rows):
         together = model.decode(sequence[None, t : t + rows], cache)[0]
         assert torch.equal(together, alone[t - start : t - start + rows])
-    assert all(map(torch.equal, cache.keys, keys))
+    assert all(map(torch.equal, (layer[:, :, :60] for layer in cache.keys), keys))
 
 
 def test_sequences_do_not_touch_each_other(model: Transformer) -> None:
