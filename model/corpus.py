@@ -90,6 +90,7 @@ def train_tokenizer(corpus: Path, out: Path, *, vocab_size: int = 8192, max_byte
 
     Nothing is normalised and no space is added or dropped, so decode(encode(text)) == text for any
     text without U+2581 and NUL; bytes stand for characters without a piece.
+    Raises ValueError if the text is too little for `vocab_size` pieces.
     """
     records = list(read_split(corpus, "train"))
     order = np.random.Generator(np.random.Philox(1)).permutation(len(records))
@@ -107,21 +108,24 @@ def train_tokenizer(corpus: Path, out: Path, *, vocab_size: int = 8192, max_byte
                 return
 
     out.mkdir(parents=True, exist_ok=True)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=pieces(),
-        model_prefix=str(out / "tokenizer"),
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        character_coverage=0.9995,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        max_sentence_length=16_384,
-        num_threads=16,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=pieces(),
+            model_prefix=str(out / "tokenizer"),
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=16_384,
+            num_threads=16,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"no tokenizer of {vocab_size} pieces from this text: {error}") from None
     (out / "tokenizer.vocab").unlink()
     return out / "tokenizer.model"

@@ -62,10 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--layers", type=positive_int, default=1, metavar="N")
     step.add_argument("--hidden-size", type=positive_int, default=128, metavar="N")
     step.add_argument(
-        "--generate",
-        type=positive_int,
-        metavar="BLOCKS",
-        help="first let the target write so many blocks of text (generated.bin in the corpus)",
+        "--generate", type=positive_int, metavar="N", help="let the target write N blocks first"
     )
     step.add_argument(
         "--mix", type=positive_int, default=1, metavar="N", help="blocks of it to one of real text"
@@ -148,7 +145,7 @@ def run_draft(args: argparse.Namespace) -> int:
     blocks = MixedBlocks((*[generated] * args.mix, text))
     shape = draft_config(target.config, num_layers=args.layers, hidden_size=args.hidden_size)
     draft = _new_model(shape, args)
-    if args.init:
+    if args.init is not None:
         draft = load_model(args.init, device=device, dtype=dtype)
     loss_of = distillation_loss(target, first_choice=args.first_choice)
     _finish(draft, _train(draft, config, blocks, loss_of, args), args)
@@ -184,12 +181,8 @@ def _generate(target, text, file: Path, blocks: int) -> None:
 
 
 def _override(config, args: argparse.Namespace):  # TrainingConfig -> TrainingConfig
-    given = {
-        "steps": args.steps,
-        "batch_size": args.batch_size,
-        "learning_rate": args.learning_rate,
-    }
-    return replace(config, seed=args.seed, **{k: v for k, v in given.items() if v is not None})
+    names = ("steps", "batch_size", "learning_rate", "seed")
+    return replace(config, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
 
 
 def _device_and_dtype(args: argparse.Namespace):  # -> (str, torch.dtype)

@@ -164,3 +164,8 @@ def test_too_small_files_are_refused(tokenised):
         corpus.TokenBlocks.open(tokenised / "train.bin", 10_000_000)
     with pytest.raises(ValueError, match="do not fill a batch"):
         corpus.TokenBlocks.open(tokenised / "train.bin", 32).batch(0, 10**6, seed=0)
+
+
+def test_a_vocabulary_larger_than_the_text_is_refused(tokenised):
+    with pytest.raises(ValueError, match="no tokenizer of 8192 pieces"):
+        corpus.train_tokenizer(tokenised, tokenised / "other", max_bytes=1000)

@@ -1,0 +1,44 @@
+"""The commands that train, from text to a pair that speculates: the preset `tiny`, on a CPU."""
+
+import json
+
+from draftnorm import load_model, load_tokenizer, speculate
+from draftnorm.scripts.main import main
+
+
+def test_the_tiny_preset_from_text_to_speculation(tmp_path, capsys):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for split, count in (("train", 400), ("validation", 40), ("prompts", 4)):
+        with (corpus / f"{split}.jsonl").open("w") as output:
+            for i in range(count):
+                names = [f"{split}_{i}_{j}" for j in range(12)]
+                text = "".join(
+                    f"def {n}(x):\n    return {n[::-1]}(x, {i * j})\n\n\n"
+                    for j, n in enumerate(names)
+                )
+                output.write(json.dumps({"package": "p", "path": f"{i}.py", "text": text}) + "\n")
+    folders = ["--corpus", str(corpus)]
+    target, draft = tmp_path / "target", tmp_path / "draft"
+    options = ["--device", "cpu", *folders]
+    assert main(["train", "tokenizer", *folders, "--vocab-size", "320"]) == 0
+    assert main(["train", "target", "--preset", "tiny", "--out", str(target), *options]) == 0
+    history = json.loads((target / "history.json").read_text())
+    assert history["history"][-1]["loss"] < 0.7 * history["history"][0]["loss"]
+    assert history["validation"]["nats_per_token"] < 5.0  # 6.2 is uniform
+    distil = ["--hidden-size", "64", "--steps", "30", "--batch-size", "4", "--generate", "16"]
+    command = ["train", "draft", "--target", str(target), "--out", str(draft), *distil, *options]
+    assert main(command) == 0
+    assert (target / "loss.png").is_file() and "tokens_per_second" in capsys.readouterr().err
+
+    prompt = "def train_1_1(x):\n    return"
+    result = speculate(
+        load_model(target, device="cpu"),
+        load_tokenizer(target),
+        prompt,
+        draft=load_model(draft, device="cpu"),
+        draft_tokenizer=load_tokenizer(draft),
+        draft_length=2,
+        max_new_tokens=32,
+    ).result()
+    assert result.speculation.accepted > 0
