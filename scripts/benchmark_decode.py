@@ -22,9 +22,7 @@ if __name__ == "__main__":  # run as a file, also uninstalled: the command, from
     sys.exit(main(["benchmark", "decode", *sys.argv[1:]]))
 
 import argparse
-import csv
 import importlib.util
-import io
 import itertools
 import statistics
 import sys
@@ -103,7 +101,10 @@ def run(args: argparse.Namespace) -> int:
         "repeats": args.repeats,
         "results": rows,
     }
-    print({"md": markdown, "csv": comma_separated, "json": report.dump}[args.output](document))
+    if args.output == "csv":
+        print(report.comma_separated(headline(document), document["results"]))
+    else:
+        print({"md": markdown, "json": report.dump}[args.output](document))
     if args.plot:
         draw(document, args.plot)
     return 0
@@ -329,16 +330,6 @@ def markdown(document: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def comma_separated(document: dict[str, Any]) -> str:
-    """The results alone, under a comment line that names hardware and versions."""
-    out = io.StringIO()
-    out.write(f"# {headline(document)}\n")
-    writer = csv.DictWriter(out, document["results"][0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(document["results"])
-    return out.getvalue().rstrip("\n")
 
 
 def draw(document: dict[str, Any], file: Path) -> None:

@@ -23,8 +23,6 @@ if __name__ == "__main__":  # run as a file, also uninstalled: the command, from
     sys.exit(main(["benchmark", "norm", *sys.argv[1:]]))
 
 import argparse
-import csv
-import io
 import statistics
 import sys
 import time
@@ -101,7 +99,10 @@ def run(args: argparse.Namespace) -> int:
         "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size,
         "results": results,
     }
-    print({"md": markdown, "csv": comma_separated, "json": report.dump}[args.output](document))
+    if args.output == "csv":
+        print(report.comma_separated(headline(document), document["results"]))
+    else:
+        print({"md": markdown, "json": report.dump}[args.output](document))
     if args.plot:
         draw(document, args.plot)
     return 0
@@ -287,16 +288,6 @@ def markdown(document: dict[str, Any]) -> str:
         walls = (f"{cells[*shape, name]['wall_seconds'] * 1e6:.1f}" for name in names)
         lines.append(f"| {shape[0]:,} × {shape[1]:,} | {' | '.join(walls)} |")
     return "\n".join(lines)
-
-
-def comma_separated(document: dict[str, Any]) -> str:
-    """The results alone, under a comment line that names hardware and versions."""
-    out = io.StringIO()
-    out.write(f"# {headline(document)}\n")
-    writer = csv.DictWriter(out, document["results"][0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(document["results"])
-    return out.getvalue().rstrip("\n")
 
 
 def draw(document: dict[str, Any], file: Path) -> None:

@@ -126,12 +126,16 @@ def read_prompt(args: argparse.Namespace) -> str:
     """The prompt as text, from wherever the arguments say; the built-in one by default."""
     if args.system is not None and args.raw:
         raise ValueError("--system is a message of the chat template, which --raw turns off")
-    if args.prompt_file is not None:
-        prompt = args.prompt_file.read_text(encoding="utf-8")
-    elif args.prompt == "-":
-        prompt = sys.stdin.read()
-    else:
-        prompt = DEMO_PROMPT if args.prompt is None else args.prompt
+    try:
+        if args.prompt_file is not None:
+            prompt = args.prompt_file.read_text(encoding="utf-8")
+        elif args.prompt == "-":
+            prompt = sys.stdin.read()
+        else:
+            prompt = DEMO_PROMPT if args.prompt is None else args.prompt
+    except UnicodeDecodeError as error:
+        source = args.prompt_file or "standard input"
+        raise ValueError(f"the prompt in {source} is not UTF-8 text: {error.reason}") from None
     if not prompt:
         raise ValueError("the prompt is empty")
     return prompt

@@ -3,7 +3,9 @@
 Every key is always there; null means not measured. Seconds, bytes and tokens are the only units.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import platform
@@ -158,6 +160,16 @@ def package_version(name: str) -> str | None:
 def dump(document: dict[str, Any]) -> str:
     """The document as JSON text. NaN and infinity are not JSON, so they are an error here."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def comma_separated(headline: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of equal keys as CSV, under a comment line."""
+    out = io.StringIO()
+    out.write(f"# {headline}\n")
+    writer = csv.DictWriter(out, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().rstrip("\n")
 
 
 def _index_bytes(path: Path) -> bytes:

@@ -54,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
         return list_built_in()
     prompt = options.read_prompt(args)
     sampling = options.sampling_config(args)
-    target = options.load(args.target or "target", args)
     # The embedded draft knows the embedded target's vocabulary, hardly that of a target of yours.
     draft: Loaded | str = args.draft or ("ngram" if args.target else "draft")
+    if draft == "none" and args.compare:
+        raise ValueError("--compare has nothing to compare plain decoding with: give a --draft")
+    target = options.load(args.target or "target", args)
     if draft not in ("ngram", "none"):
         draft = options.load(draft, args)
     own_prompt = args.prompt is not None or args.prompt_file is not None

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from draftnorm.scripts import benchmark_norm
+from draftnorm.scripts import benchmark_norm, report
 from draftnorm.scripts.main import main
 
 
@@ -49,7 +49,7 @@ def test_markdown_names_the_hardware_first_and_sorts_the_shapes(document):
 
 
 def test_csv_is_one_line_a_measurement(document):
-    text = benchmark_norm.comma_separated(document)
+    text = report.comma_separated(benchmark_norm.headline(document), document["results"])
     rows = list(csv.DictReader(io.StringIO(text.split("\n", 1)[1])))
     assert [row["engine"] for row in rows] == ["inference", "torch"] * 2
 

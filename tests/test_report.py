@@ -153,5 +153,5 @@ def test_benchmark_decode_beside_transformers(make_checkpoint, capsys, tmp_path)
     assert document["hardware"]["name"] in table[0] and document["torch"] in table[0]
     rows = [line for line in table if line.startswith("|")]
     assert len(rows) == 2 + 10 and len({line.count("|") for line in rows}) == 1
-    comma_separated = benchmark_decode.comma_separated(document).splitlines()
+    comma_separated = report.comma_separated("hardware", document["results"]).splitlines()
     assert comma_separated[0].startswith("# ") and len(comma_separated) == 2 + 10

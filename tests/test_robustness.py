@@ -151,6 +151,7 @@ def test_draft_with_another_vocabulary(make_checkpoint, fails):
         ["--prompt", "a", "--stop", ""],
         ["--prompt", "a", "--system", "but there is no chat template"],
         ["--prompt", "a", "--system", "s", "--raw"],
+        ["--prompt", "a", "--draft", "none", "--compare"],
     ],
     ids=lambda argv: " ".join(argv)[:30],
 )
@@ -162,7 +163,8 @@ def test_invalid_values(argv, make_checkpoint, fails):
 
 def test_prompt_that_is_no_text(make_checkpoint, fails, tmp_path):
     (tmp_path / "prompt").write_bytes(b"\xff\xfe")
-    fails("generate", "--target", make_checkpoint(), "--prompt-file", tmp_path / "prompt", "--json")
+    argv = ["--target", make_checkpoint(), "--prompt-file", tmp_path / "prompt", "--json"]
+    assert f"{tmp_path / 'prompt'} is not UTF-8 text" in fails("generate", *argv)
 
 
 @pytest.mark.parametrize("budget", [0, 1])
