@@ -6,8 +6,8 @@ A library picks its algorithm, hence its summation order, from the number of row
 verified among five rows gets other bits than the same token decoded alone. Decoding therefore runs
 in tiles of a fixed number of rows, padded: every call has the same shape, and a row's bits depend
 on that row alone. The padding is free or better, because few-row products are bound by reading the
-weight. Measured, fp32, 2 cores with AVX-512 and MKL, N × K = 49152 × 576: `F.linear` of one row
-6.7 ms, `W @ xᵀ` of a tile of four 2.5 ms; 3072 × 576: 430 µs and 165 µs.
+weight. Measured, fp32, MKL, one thread of an AMD EPYC with AVX-512, all products of a SmolLM2-135M
+step from memory: `F.linear` of one row 29.4 ms and of four 47.0, `W @ xᵀ` of a tile of four 24.5.
 """
 
 import torch

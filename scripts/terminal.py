@@ -128,7 +128,10 @@ def verdict(document: dict[str, Any]) -> str:
     gap = difference["top_two_gap"]
     note = "" if gap is None else f", top-two gap {gap:.2g}"
     texts = f"plain {difference['plain_text']!r}, speculative {difference['speculative_text']!r}"
-    return f"{speeds}identical: no, from token {difference['position']} on ({texts}{note})"
+    verdict = f"{speeds}identical: no, from token {difference['position']} on ({texts}{note})"
+    if document["acceptance"] == "rejection":
+        verdict += "; rejection keeps the distribution, not the tokens"
+    return verdict
 
 
 def _footer(document: dict[str, Any]) -> str:

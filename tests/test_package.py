@@ -81,6 +81,16 @@ def test_readme_example_runs(make_checkpoint, capsys):
     assert capsys.readouterr().out
 
 
+def test_readme_names_every_file_and_a_short_first_reading():
+    text = (ROOT / "README.md").read_text()
+    for folder in ("kernels", "model", "decoding"):
+        for file in (ROOT / folder).glob("*.py"):
+            assert f"  {file.name} " in text, f"{folder}/{file.name} is not in the README's tree"
+    path = text[text.index("First reading") :].split("\n\n")[0]
+    files = [ROOT / name for name in re.findall(r"`(\w+/\w+\.py)`", path)]
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 1500
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """A wheel of a copy of the sources, so that no build folder is left in the checkout."""

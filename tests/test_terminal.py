@@ -9,6 +9,7 @@ from rich.console import Console
 from draftnorm.scripts import terminal
 
 DOCUMENT = {
+    "acceptance": "exact",
     "plain": {"seconds": 4.0, "tokens_per_second": 25.0},
     "speculative": {
         "seconds": 2.0,
@@ -133,6 +134,11 @@ def test_difference_is_located():
     verdict = terminal.verdict(document)
     assert "identical: no, from token 37 on" in verdict
     assert "plain ' the', speculative ' a', top-two gap 3.1e-05" in verdict
+    assert "distribution" not in verdict
+    document["acceptance"] = "rejection"
+    assert (
+        terminal.verdict(document) == f"{verdict}; rejection keeps the distribution, not the tokens"
+    )
 
 
 def test_missing_rates_are_dashes():
