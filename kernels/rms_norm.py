@@ -406,6 +406,8 @@ def rms_norm(
     if not x.is_cuda:
         if casting_mode not in CASTING_MODES:
             raise ValueError(f"{casting_mode=} is not one of {CASTING_MODES}")
+        if weight is not None and weight.shape != x.shape[-1:]:
+            raise ValueError(f"need a weight [{x.shape[-1]}], got {weight.shape=}")
         # Without roundings between, all modes are torch's definition: the same bits as the
         # reference from one call, which a decode step on the CPU makes 61 times.
         if x.dtype == torch.float32 and not offset and (weight is None or weight.dtype == x.dtype):

@@ -12,7 +12,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
+from draftnorm.kernels.rotary import inverse_frequencies
 from draftnorm.model.config import ModelConfig, RopeConfig
 
 _SCALARS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}  # struct's letters
@@ -224,14 +225,11 @@ def _llama3_rope(source: GGUFFile, config: ModelConfig) -> RopeConfig:
     """Llama 3.1's scaling, which GGUF stores as a divisor of each frequency. Of its four numbers
     only `factor` differs between models: take it from there, and check that it explains them all.
     """
-    divisors = source.dequantize("rope_freqs.weight").astype(np.float64)
+    divisors = torch.tensor(source.dequantize("rope_freqs.weight"))
     rope = replace(config.rope, kind="llama3", factor=float(divisors.max()))
-    exponents = np.arange(0, config.head_size, 2) / config.head_size
-    turns = rope.original_context / (2 * math.pi * rope.theta**exponents)
-    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    smooth = smooth.clip(0, 1)
-    expected = 1 / ((1 - smooth) / rope.factor + smooth)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+    stretched = inverse_frequencies(config.head_size, **asdict(rope))
+    expected = inverse_frequencies(config.head_size, rope.theta) / stretched
+    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
         raise GGUFError(f"{source.path}: rope_freqs.weight is not Llama 3.1's scaling")
     return rope
 

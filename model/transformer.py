@@ -14,6 +14,7 @@ earlier ones in the cache. `prefill` is a function of the prompt alone.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -320,16 +321,8 @@ class Transformer(nn.Module):
         return self.model.norm(x_MD)
 
     def _frequencies(self) -> Tensor:
-        rope = self.config.rope
-        return inverse_frequencies(
-            self.config.head_size,
-            rope.theta,
-            rope.kind,
-            rope.factor,
-            rope.low_freq_factor,
-            rope.high_freq_factor,
-            rope.original_context,
-        ).to(self.device)
+        rope = asdict(self.config.rope)
+        return inverse_frequencies(self.config.head_size, **rope).to(self.device)
 
     def _head_VD(self) -> Tensor:
         return (self.model.embed_tokens if self.config.tie_embeddings else self.lm_head).weight

@@ -118,6 +118,14 @@ def test_unknown_casting_mode_is_an_error():
         rms_norm(torch.ones(1, 4), None, EPS, casting_mode="lama")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_of_another_size_is_an_error(dtype):
+    """Also where PyTorch would broadcast it, as it would a single number."""
+    for size in (1, 3, 5):
+        with pytest.raises(ValueError, match=r"need a weight \[4\]"):
+            rms_norm(torch.ones(2, 4, dtype=dtype), torch.ones(size, dtype=dtype), 1e-5)
+
+
 def compile_ptx(D: int, *, many_rows: bool, store: bool) -> str:
     """The PTX for sm_90 of the forward kernel that the rule takes, bf16; needs no GPU."""
     triton = pytest.importorskip("triton")
