@@ -60,6 +60,8 @@ def load_model(
     config = ModelConfig.from_directory(directory)
     device = _resolve(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise CheckpointError(f"{dtype=} is not a floating-point torch.dtype")
 
     stored = _read_headers(directory)
     elements = sum(math.prod(tensor.shape) for tensor in stored.values())
@@ -126,6 +128,8 @@ def _resolve(device: str | torch.device) -> torch.device:
         device = torch.device(device)
     except RuntimeError as error:
         raise CheckpointError(f"device {device!r}: {_line(error)}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise CheckpointError(f"device {str(device)!r} is not supported, only cpu and cuda are")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(f"device {str(device)!r}: this machine or this torch has no CUDA")
     return device

@@ -325,12 +325,18 @@ def test_wrong_config_is_one_line(good, change, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("device", ["bananas", "cuda:-3", "cuda"])
+@pytest.mark.parametrize("device", ["bananas", "cuda:-3", "cuda", "mps", "meta"])
 def test_devices_that_are_not_there(good, device):
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(CheckpointError, match=f"device '{device}'"):
         load_model(good, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16"])
+def test_dtypes_that_are_none_of_a_model(good, dtype):
+    with pytest.raises(CheckpointError, match="not a floating-point"):
+        load_model(good, device="cpu", dtype=dtype)
 
 
 def test_out_of_memory_is_known_before_loading(good, monkeypatch):
