@@ -51,9 +51,7 @@ class SpeculationStatistics:
     acceptance_by_position: tuple[float, ...]
     draft_seconds: float
     verify_seconds: float
-    experts_per_layer: (
-        float | None
-    )  # experts that a verify tile touched; None if the target is dense
+    experts_per_layer: float | None  # that a verify tile touched; None if the target is dense
 
     @classmethod
     def of(

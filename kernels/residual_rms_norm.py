@@ -145,15 +145,9 @@ def residual_rms_norm(
     if inference_mode and records:
         raise ValueError("inference_mode=True keeps no rstd, but autograd records: use no_grad()")
     if inference_mode or (inference_mode is None and not records):
-        return residual_rms_norm_forward(x, residual, weight, eps, inference_mode=True, **options)[
-            :2
-        ]
-    y, summed = _ResidualRMSNorm.apply(
-        x.reshape(-1, x.shape[-1]),
-        residual.reshape(-1, x.shape[-1]),
-        weight,
-        eps,
-        offset,
-        casting_mode,
-    )
+        options["inference_mode"] = True
+        y, summed, _ = residual_rms_norm_forward(x, residual, weight, eps, **options)
+        return y, summed
+    x_MD, residual_MD = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, residual))
+    y, summed = _ResidualRMSNorm.apply(x_MD, residual_MD, weight, eps, offset, casting_mode)
     return y.view(x.shape), summed.view(x.shape)

