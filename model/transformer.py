@@ -276,7 +276,9 @@ class Transformer(nn.Module):
         """Append T tokens to every sequence; logits after each, fp32 [B, T, V]. Row-invariant."""
         tokens_BT = self._as_tokens(tokens_BT)
         B, T = tokens_BT.shape
-        rows = [(b, p) for b in range(B) for p in cache.extend(T, b)]
+        # The fullest first: either all sequences have room, or none is extended.
+        spans = {b: cache.extend(T, b) for b in sorted(range(B), key=lambda b: -cache.lengths[b])}
+        rows = [(b, p) for b in range(B) for p in spans[b]]
         tokens_M, size = tokens_BT.flatten(), row_tile(self.device, self.dtype)
         tiles = [
             self._decode_tile(tokens_M[i : i + size], rows[i : i + size], cache, size)
