@@ -144,9 +144,8 @@ def run_draft(args: argparse.Namespace) -> int:
     generated = TokenBlocks.open(generated, config.block_size)
     blocks = MixedBlocks((*[generated] * args.mix, text))
     shape = draft_config(target.config, num_layers=args.layers, hidden_size=args.hidden_size)
-    draft = _new_model(shape, args)
-    if args.init is not None:
-        draft = load_model(args.init, device=device, dtype=dtype)
+    start = args.init and load_model(args.init, device=device, dtype=dtype)
+    draft = start or _new_model(shape, args)
     loss_of = distillation_loss(target, first_choice=args.first_choice)
     _finish(draft, _train(draft, config, blocks, loss_of, args), args)
     return 0
@@ -241,8 +240,7 @@ def _finish(model, history: list[dict], args: argparse.Namespace, **results: dic
         ("history.json", {"command": args.command_line, "history": history} | results),
     ):
         (args.out / name).write_text(json.dumps(content, indent=1) + "\n")
-    last = history[-1]
-    numbers = {k: last[k] for k in ("step", "loss", "tokens_per_second")} | results
+    numbers = {k: history[-1][k] for k in ("step", "loss", "tokens_per_second")} | results
     print(json.dumps(numbers), file=sys.stderr)
     plot(history, args.out / "loss.png")
 
@@ -256,8 +254,7 @@ def plot(history: list[dict], file: Path) -> None:
         return
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    steps = [row["step"] for row in history]
-    axes.plot(steps, [row["loss"] for row in history], linewidth=0.8)
+    axes.plot(*zip(*((row["step"], row["loss"]) for row in history), strict=True), linewidth=0.8)
     axes.set(xlabel="step", ylabel="loss, nats a token", ylim=(0, None))
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
