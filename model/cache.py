@@ -6,13 +6,21 @@ is copied or cleared. A sliding window is a mask over the same cache, not a ring
 rollback across a window's border trivially right.
 """
 
+import math
+import os
+import re
+from pathlib import Path
+
 import torch
 
 from draftnorm.model.config import ModelConfig
 
 
 class KVCache:
-    """`keys[layer]` and `values[layer]` are [B, G, S, K]; `lengths[b]` counts tokens."""
+    """`keys[layer]` and `values[layer]` are [B, G, S, K]; `lengths[b]` counts tokens.
+
+    Raises ValueError if that does not fit the free memory.
+    """
 
     def __init__(
         self,
@@ -30,6 +38,13 @@ class KVCache:
         # A library's bits may depend on how its operands are aligned. With heads a multiple of 64
         # bytes apart, that of a key depends on its position, not on capacity, slot or head.
         shape = (batch, config.num_kv_heads, -(-capacity // 64) * 64, config.head_size)
+        needed = 2 * len(config.windows) * math.prod(shape) * dtype.itemsize
+        free = free_bytes(torch.device(device))
+        if needed > free:  # Linux would promise it all the same, and kill us once we wrote
+            raise ValueError(
+                f"out of memory: a cache of {capacity:,} tokens needs {needed:,} bytes on "
+                f"{device}, {free:,} are free; ask for fewer tokens or a smaller context"
+            )
         self.capacity = capacity
         self.lengths = [0] * batch
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in config.windows]
@@ -52,3 +67,19 @@ class KVCache:
             )
         self.lengths[sequence] = start + count
         return range(start, start + count)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of the device; on the CPU what Linux or the container gives without swapping."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():  # not Linux: all the memory there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1]) * 1024
+    limit, statistics = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "stat"))
+    if limit.is_file() and (bound := limit.read_text().strip()).isdigit():  # in a container
+        taken = int(re.search(r"^anon (\d+)", statistics.read_text())[1])
+        free = min(free, int(bound) - taken)
+    return free

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from draftnorm.model.cache import free_bytes
 from draftnorm.model.checkpoint_names import Piece, is_harmless, stored_pieces
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.transformer import Transformer
@@ -232,7 +233,7 @@ def _check_tie(head: _Stored, embedding_VD: Tensor) -> None:
 
 def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
     """A model with uninitialised parameters, if they fit the free memory."""
-    needed, free = config.parameters * dtype.itemsize, _free_bytes(device)
+    needed, free = config.parameters * dtype.itemsize, free_bytes(device)
     message = f"out of memory: the weights need {needed:,} bytes on {device}, {free:,} are free"
     if needed > free:
         raise CheckpointError(message)
@@ -240,22 +241,6 @@ def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         return Transformer(config, device=device, dtype=dtype)
     except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, RuntimeError itself on the CPU
         raise CheckpointError(f"{message} ({_line(error)})") from None
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Free memory of the device; on the CPU what Linux or the container gives without swapping."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():  # not Linux: all the memory there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1]) * 1024
-    limit, statistics = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "stat"))
-    if limit.is_file() and (bound := limit.read_text().strip()).isdigit():  # in a container
-        taken = int(re.search(r"^anon (\d+)", statistics.read_text())[1])
-        free = min(free, int(bound) - taken)
-    return free
 
 
 def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:

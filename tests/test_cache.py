@@ -41,6 +41,14 @@ def test_heads_and_slots_are_aligned_alike(capacity: int) -> None:
         assert {tensor[b, g].data_ptr() % 64 for b in range(3) for g in range(2)} == {0}
 
 
+def test_a_cache_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 2 * 3 * (2 * 64 * 2) * 4  # keys and values, layers, [G, S, K], bytes of fp32
+    monkeypatch.setattr("draftnorm.model.cache.free_bytes", lambda device: needed)
+    KVCache(CONFIG, capacity=64)
+    with pytest.raises(ValueError, match="a cache of 65 tokens needs 12,288 bytes on cpu, 6,144"):
+        KVCache(CONFIG, capacity=65)
+
+
 def test_errors_are_one_line() -> None:
     cache = KVCache(CONFIG, capacity=4)
     cache.extend(3)

@@ -340,7 +340,7 @@ def test_dtypes_that_are_none_of_a_model(good, dtype):
 
 
 def test_out_of_memory_is_known_before_loading(good, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 1000)
     parameters = ModelConfig.from_dict(LLAMA).parameters
     message = refused(good)
     assert f"need {4 * parameters:,} bytes on cpu, 1,000 are free" in message
@@ -359,7 +359,7 @@ def test_failed_allocation_is_out_of_memory(good, monkeypatch):
 
 def test_free_memory_is_plausible():
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < checkpoint._free_bytes(torch.device("cpu")) <= physical
+    assert 0 < checkpoint.free_bytes(torch.device("cpu")) <= physical
 
 
 # ---- files that are no safetensors
