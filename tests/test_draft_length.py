@@ -162,3 +162,14 @@ def test_in_the_real_loop_under_a_fake_clock(verify: Verify) -> None:
     slow = speculate(target, None, [1, 2], draft=wrong, **options).result()
     assert slow.token_ids == plain.token_ids
     assert slow.seconds <= 1.03 * plain.seconds
+
+
+def test_plain_decoding_is_measured_again_while_drafting() -> None:
+    """Else its cost, which all is compared with, would be a guess after EXPIRY cycles."""
+    _, cycles = simulate(AutoDraftLength(), [1.0] * 4000, 0.1, flat)
+    plain = [i for i, (_, drafts) in enumerate(cycles) if drafts == 0]
+    gaps = [
+        later - earlier for earlier, later in zip(plain, [*plain[1:], len(cycles)], strict=True)
+    ]
+    assert max(gaps) <= 128
+    assert len(plain) < 0.03 * len(cycles)
