@@ -132,13 +132,20 @@ def read_prompt(args: argparse.Namespace) -> str:
         elif args.prompt == "-":
             prompt = sys.stdin.read()
         else:
-            prompt = DEMO_PROMPT if args.prompt is None else args.prompt
+            prompt = built_in_prompt(args.target) if args.prompt is None else args.prompt
     except UnicodeDecodeError as error:
         source = args.prompt_file or "standard input"
         raise ValueError(f"the prompt in {source} is not UTF-8 text: {error.reason}") from None
     if not prompt:
         raise ValueError("the prompt is empty")
     return prompt
+
+
+def built_in_prompt(target: str | None) -> str:
+    """A function head to complete for the embedded target, an instruction for any other."""
+    if target in (None, "target"):
+        return (EMBEDDED_FOLDER / "target" / "prompt.txt").read_text(encoding="utf-8")
+    return DEMO_PROMPT
 
 
 def sampling_config(args: argparse.Namespace) -> "SamplingConfig":

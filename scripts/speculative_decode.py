@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(_headline(target, draft), style="dim")
         if out.styled and draft != "none":
             terminal.show_legend(console)
+        if not own_prompt:
+            terminal.show_prompt(prompt, console)
     shown = decoder.run("none" if draft == "none" else draft, None if args.json else out)
     plain, speculative = (shown, None) if draft == "none" else (None, shown)
     if comparing and shown.stop_reason != "interrupted":

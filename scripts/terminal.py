@@ -65,6 +65,11 @@ def show_legend(console: Console) -> None:
     console.print(Text.assemble(("drafted and accepted", "cyan underline"), " · the target's own"))
 
 
+def show_prompt(prompt: str, console: Console) -> None:
+    """The built-in prompt, so that what follows makes sense."""
+    console.print(Text(prompt, style="dim"))
+
+
 def show_summary(document: dict[str, Any], console: Console) -> None:
     """Print the numbers of one run (report.build_document) with their definitions, speeds last."""
     plain, speculative = document["plain"], document["speculative"]
