@@ -22,7 +22,7 @@ from draftnorm.kernels.attention import block_attention
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.corpus import TokenBlocks
 from draftnorm.model.training import Loss, TrainingConfig, llama_config
-from draftnorm.model.transformer import Transformer, _Call
+from draftnorm.model.transformer import Call, Transformer
 
 # The draft's run: small and quick, so that a step takes many tokens and a high learning rate.
 DRAFT = TrainingConfig(
@@ -83,8 +83,8 @@ def sample_sequences(
 
         positions_M = torch.arange(start, end, device=model.device).repeat(B)
         tokens_M = tokens_BS[:, start:end].flatten()
-        x_MD = model._layers(tokens_M, positions_M, attend, linear, _Call())
-        return linear(x_MD.view(B, end - start, -1)[:, -1], model._head_VD()).float()
+        x_MD = model.run_layers(tokens_M, positions_M, attend, linear, Call())
+        return linear(x_MD.view(B, end - start, -1)[:, -1], model.head_VD()).float()
 
     # Not cuDNN's attention: it plans anew for every length, 43 ms a step on an H200 and not 9.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):

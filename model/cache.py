@@ -68,6 +68,12 @@ class KVCache:
         self.lengths[sequence] = start + count
         return range(start, start + count)
 
+    def extend_all(self, count: int) -> list[range]:
+        """The same for every sequence; if one has no room, none is extended."""
+        fullest_first = sorted(range(len(self.lengths)), key=lambda b: -self.lengths[b])
+        spans = {b: self.extend(count, b) for b in fullest_first}
+        return [spans[b] for b in range(len(self.lengths))]
+
 
 def free_bytes(device: torch.device) -> int:
     """Free memory of the device; on the CPU what Linux or the container gives without swapping."""

@@ -100,7 +100,7 @@ class DecodeStep:
         # Pinned, so that a kernel can write it; -1 marks a token that is not there yet.
         self.ring = torch.full((B, RING), -1, dtype=int32, pin_memory=device.type == "cuda")
 
-        rotary = torch.arange(cache.capacity, device=device)[:, None] * model._frequencies()
+        rotary = torch.arange(cache.capacity, device=device)[:, None] * model.frequencies()
         self.cos, self.sin = rotary.cos(), rotary.sin()
         qkv_rows = (H + 2 * G) * K
         self.tilings = {
@@ -140,8 +140,7 @@ class DecodeStep:
         if self.batch != B or tokens_BT.numel() > self.rows:
             raise ValueError(f"{tokens_BT.shape=} is not {self.batch} × at most {self.rows} rows")
         self.lengths.copy_(torch.tensor(self.cache.lengths, dtype=torch.int32))
-        for b in range(B):
-            self.cache.extend(T, b)
+        self.cache.extend_all(T)
         self.tokens[: B * T] = tokens_BT.flatten()
         self._run(T, self._tier(max(self.cache.lengths)), plain=False)
         return self.logits[: B * T].view(B, T, -1)
@@ -223,7 +222,7 @@ class DecodeStep:
             else:
                 self._mlp(layer, rows)
         logits = None if plain else self.logits
-        self._project("head", logits, self.x, model._head_VD(), rows, "argmax", best=self.best,
+        self._project("head", logits, self.x, model.head_VD(), rows, "argmax", best=self.best,
                       norm=model.model.norm)  # fmt: skip
         choose(
             self.chosen, self.best, rows=rows, vocabulary=self.config.vocab_size,

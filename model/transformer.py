@@ -119,7 +119,7 @@ class MoE(nn.Module):
         self.gate = Weights(config.num_experts, config.hidden_size)
         self.experts = Experts(config)
 
-    def forward(self, x_MD: Tensor, product: Product, call: "_Call") -> Tensor:
+    def forward(self, x_MD: Tensor, product: Product, call: "Call") -> Tensor:
         logits_ME = product(x_MD, self.gate.weight, None)
         if call.router_logits is not None:
             call.router_logits.append(logits_ME.float())
@@ -134,7 +134,7 @@ class MoE(nn.Module):
         return out_MD
 
 
-class _Call:
+class Call:
     """What one pass through the layers needs besides its rows, and what it counts on the way."""
 
     def __init__(self, rows: int | None = None, router_logits: list[Tensor] | None = None) -> None:
@@ -157,7 +157,7 @@ class Layer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         attend: Attend,
         product: Product,
-        call: _Call,
+        call: Call,
     ) -> Tensor:
         x_MD = x_MD + self.self_attn(self.input_layernorm(x_MD), rotary, attend, product)
         y_MD = self.post_attention_layernorm(x_MD)
@@ -235,9 +235,9 @@ class Transformer(nn.Module):
             out = block_attention(q, k.transpose(1, 2), v.transpose(1, 2), window=window)
             return out.reshape(B * T, -1)
 
-        call = _Call(router_logits=router_logits)
-        x_MD = self._layers(tokens_BT.flatten(), positions_M, attend, linear, call)
-        return linear(x_MD, self._head_VD()).view(B, T, -1)
+        call = Call(router_logits=router_logits)
+        x_MD = self.run_layers(tokens_BT.flatten(), positions_M, attend, linear, call)
+        return linear(x_MD, self.head_VD()).view(B, T, -1)
 
     @torch.inference_mode()
     def prefill(
@@ -254,7 +254,7 @@ class Transformer(nn.Module):
             tokens_T, start = tokens_T[end - start :], end
         if x_MD is None:
             raise ValueError("an empty prompt has no next token")
-        return linear(x_MD[-1], self._head_VD()).float()
+        return linear(x_MD[-1], self.head_VD()).float()
 
     def _prefill_chunk(self, tokens_T: Tensor, cache: KVCache, b: int, start: int) -> Tensor:
         end = start + len(tokens_T)
@@ -269,16 +269,18 @@ class Transformer(nn.Module):
             return block_attention(q_MHK[None], keys, values, window=window).flatten(-2)[0]
 
         positions_M = torch.arange(start, end, device=self.device)
-        return self._layers(tokens_T, positions_M, attend, linear, _Call())
+        return self.run_layers(tokens_T, positions_M, attend, linear, Call())
 
     @torch.inference_mode()
     def decode(self, tokens_BT: Tensor | Sequence[Sequence[int]], cache: KVCache) -> Tensor:
         """Append T tokens to every sequence; logits after each, fp32 [B, T, V]. Row-invariant."""
         tokens_BT = self._as_tokens(tokens_BT)
         B, T = tokens_BT.shape
-        # The fullest first: either all sequences have room, or none is extended.
-        spans = {b: cache.extend(T, b) for b in sorted(range(B), key=lambda b: -cache.lengths[b])}
-        rows = [(b, p) for b in range(B) for p in spans[b]]
+        if len(cache.lengths) != B:
+            raise ValueError(
+                f"{tokens_BT.shape=}, but the cache has {len(cache.lengths)} sequences"
+            )
+        rows = [(b, p) for b, span in enumerate(cache.extend_all(T)) for p in span]
         tokens_M, size = tokens_BT.flatten(), row_tile(self.device, self.dtype)
         tiles = [
             self._decode_tile(tokens_M[i : i + size], rows[i : i + size], cache, size)
@@ -306,27 +308,33 @@ class Transformer(nn.Module):
                 out_MHK[m] = row_attention(q_MHK[m], keys[b], values[b], begin, p + 1).view(-1)
             return out_MHK
 
-        call = _Call(rows=len(rows))
-        x_MD = self._layers(tokens_M, positions_M, attend, tile_linear, call)
+        call = Call(rows=len(rows))
+        x_MD = self.run_layers(tokens_M, positions_M, attend, tile_linear, call)
         self.experts_touched += call.experts_touched
         self.expert_layer_passes += sum(map(self.config.is_sparse, range(self.config.num_layers)))
-        return tile_linear(x_MD, self._head_VD())[: len(rows)].float()
+        return tile_linear(x_MD, self.head_VD())[: len(rows)].float()
 
-    def _layers(
-        self, tokens_M: Tensor, positions_M: Tensor, attend: Attend, product: Product, call: _Call
+    def run_layers(
+        self, tokens_M: Tensor, positions_M: Tensor, attend: Attend, product: Product, call: Call
     ) -> Tensor:
-        """Embedding, every layer, final norm."""
-        rotary = rotary_table(positions_M, self._frequencies())
+        """Embedding, every layer, final norm: the normed hidden state [M, D] of M rows.
+
+        The three ways of calling the model differ in what they pass here. `attend` stores and finds
+        keys, `product` computes projections, `call` says what else the pass is about.
+        """
+        rotary = rotary_table(positions_M, self.frequencies())
         x_MD = embedding(tokens_M, self.model.embed_tokens.weight)
         for layer in self.model.layers:
             x_MD = layer(x_MD, rotary, attend, product, call)
         return self.model.norm(x_MD)
 
-    def _frequencies(self) -> Tensor:
+    def frequencies(self) -> Tensor:
+        """Rotary angle per position of each pair of a head, fp32 [K/2]."""
         rope = asdict(self.config.rope)
         return inverse_frequencies(self.config.head_size, **rope).to(self.device)
 
-    def _head_VD(self) -> Tensor:
+    def head_VD(self) -> Tensor:
+        """The output embedding, which may be the input one."""
         return (self.model.embed_tokens if self.config.tie_embeddings else self.lm_head).weight
 
     def _as_tokens(self, tokens: Tensor | Sequence) -> Tensor:

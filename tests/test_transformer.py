@@ -149,6 +149,8 @@ def test_empty_prompt_and_full_cache_are_clear_errors(model: Transformer) -> Non
         model.prefill([], cache)
     with pytest.raises(ValueError, match="do not fit"):
         model.prefill([1, 2, 3, 4, 5], cache)
+    with pytest.raises(ValueError, match="the cache has 1 sequences"):
+        model.decode([[1], [2]], cache)
     cache = KVCache(model.config, batch=2, capacity=4)
     model.prefill([1], cache, sequence=0)
     model.prefill([1, 2, 3], cache, sequence=1)
