@@ -10,20 +10,23 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt
 STAMP := $(VENV)/.installed
-DEMO := checkpoints/smollm2-135m
+SMOLLM2 := checkpoints/smollm2-135m
 # Two test processes side by side would fight over the cores; each keeps to one thread.
 TEST_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format clean
+.PHONY: help demo demo-smollm2 test test-gpu lint format clean
 
 help:  ## this list
 	@echo "draftnorm: make TARGET [SYSTEM=1] [PYTHON=python3.12]"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 	@echo "SYSTEM=1 uses the torch that is installed instead of downloading one."
 
-demo: $(DEMO)/config.json  ## fetch SmolLM2-135M once, then speculate with it on the CPU, compared with plain decoding
-	$(BIN)/draftnorm speculate --target $(DEMO) --draft ngram --device cpu --compare
+demo: $(STAMP)  ## speculate with the embedded pair on the CPU, compared with plain decoding
+	$(BIN)/draftnorm speculate --device cpu
+
+demo-smollm2: $(SMOLLM2)/config.json  ## the same with SmolLM2-135M, fetched once, and an n-gram drafter
+	$(BIN)/draftnorm speculate --target $(SMOLLM2) --draft ngram --device cpu --compare
 
 test: $(STAMP)  ## run the tests that need no GPU
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -q -rs --durations=5
@@ -42,8 +45,8 @@ format: $(STAMP)  ## apply the style
 clean:  ## remove the environments and what a build left; checkpoints stay
 	rm -rf .venv .venv-system build dist *.egg-info .pytest_cache .ruff_cache
 
-$(DEMO)/config.json: | $(STAMP)
-	$(BIN)/draftnorm fetch smollm2-135m --output $(DEMO)
+$(SMOLLM2)/config.json: | $(STAMP)
+	$(BIN)/draftnorm fetch smollm2-135m --output $(SMOLLM2)
 
 # A second call finds the stamp and installs nothing, until what it depends on changes.
 $(STAMP): pyproject.toml constraints.txt
