@@ -19,7 +19,7 @@ TEST_THREADS ?= 1
 
 help:  ## this list
 	@echo "draftnorm: make TARGET [SYSTEM=1] [PYTHON=python3.12]"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
 	@echo "SYSTEM=1 uses the torch that is installed instead of downloading one."
 
 demo: $(STAMP)  ## speculate with the embedded pair on the CPU, compared with plain decoding

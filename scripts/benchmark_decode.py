@@ -135,9 +135,10 @@ def measure_load(args: argparse.Namespace) -> tuple["Loaded", dict[str, float]]:
 
 def benchmark_prompt(target: "Loaded", prompt_tokens: int | None) -> list[int]:
     """The built-in prompt as a chat, or its text cut or repeated to `prompt_tokens`."""
+    prompt = options.built_in_prompt(target.name)
     if prompt_tokens is None and target.tokenizer.chat_template is not None:
-        return target.tokenizer.encode_chat([{"role": "user", "content": options.DEMO_PROMPT}])
-    text = target.tokenizer.encode(options.DEMO_PROMPT)
+        return target.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    text = target.tokenizer.encode(prompt)
     return list(itertools.islice(itertools.cycle(text), prompt_tokens or len(text)))
 
 
