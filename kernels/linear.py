@@ -8,6 +8,7 @@ in tiles of a fixed number of rows, padded: every call has the same shape, and a
 on that row alone. The padding is free or better, because few-row products are bound by reading the
 weight. Measured, fp32, MKL, one thread of an AMD EPYC with AVX-512, all products of a SmolLM2-135M
 step from memory: `F.linear` of one row 29.4 ms and of four 47.0, `W @ xᵀ` of a tile of four 24.5.
+In bf16, on two threads, a whole step in tiles of eight: 16.9 ms for one row, 22.1 for eight.
 """
 
 import torch
@@ -16,18 +17,21 @@ from torch.nn.functional import linear
 
 
 def row_tile(device: torch.device, dtype: torch.dtype) -> int:
-    """Rows of one decode pass: 16 on a GPU (one MMA tile), 4 on a CPU in fp32.
+    """Rows of one decode pass: as many as cost little more than one.
 
-    In half precision on a CPU a library product costs a full pass a row, so the tile is one row.
+    16 on a GPU (one MMA tile), 4 on a CPU in fp32, and 8 in bf16 if the CPU multiplies bf16 itself
+    (AVX512-BF16). Otherwise half precision costs a full pass a row there, and the tile is one row.
     """
     if device.type == "cuda":
         return 16
-    return 4 if dtype == torch.float32 else 1
+    if dtype == torch.float32:
+        return 4
+    return 8 if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else 1
 
 
 def tile_linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """`F.linear` of one tile; `x_MK` has exactly `row_tile` rows and is contiguous."""
-    if x_MK.is_cuda or x_MK.shape[0] == 1:
+    if x_MK.is_cuda or x_MK.dtype != torch.float32:
         return linear(x_MK, weight_NK, bias_N)
     # MKL is several times faster with the weight on the left and few columns on the right.
     y_MN = torch.mm(weight_NK, x_MK.t()).t().contiguous()

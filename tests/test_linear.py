@@ -6,7 +6,7 @@ import torch
 from draftnorm.kernels.linear import row_tile, tile_linear
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (96, 64), (960, 576)])
 def test_tile_linear(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)

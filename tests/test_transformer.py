@@ -64,10 +64,14 @@ def test_prefill_and_decode_match_the_forward_pass(model: Transformer) -> None:
         close(model.decode(sequence[None, t : t + 1], cache)[0, 0], expected[t])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [2, 3, 4, 5, 8, 13, 16])
-def test_a_row_has_the_same_bits_in_any_company(model: Transformer, rows: int) -> None:
+def test_a_row_has_the_same_bits_in_any_company(
+    model: Transformer, rows: int, dtype: torch.dtype
+) -> None:
+    model = model.to(dtype)
     sequence, start = tokens(60), 5
-    cache = KVCache(model.config, capacity=60)
+    cache = KVCache(model.config, capacity=60, dtype=dtype)
     model.prefill(sequence[:start], cache)
     alone = torch.cat([model.decode(sequence[None, t : t + 1], cache)[0] for t in range(start, 60)])
     keys = [layer[:, :, :60].clone() for layer in cache.keys]
