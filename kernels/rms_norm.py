@@ -404,8 +404,8 @@ def rms_norm(
     elif inference_mode and records:
         raise ValueError("inference_mode=True keeps no rstd, but autograd records: use no_grad()")
     if not x.is_cuda:
-        if casting_mode not in CASTING_MODES:
-            raise ValueError(f"{casting_mode=} is not one of {CASTING_MODES}")
+        if casting_mode not in CASTING_MODES or not x.is_floating_point():
+            raise ValueError(f"{casting_mode=} not in {CASTING_MODES}, or {x.dtype=} not a float")
         if weight is not None and weight.shape != x.shape[-1:]:
             raise ValueError(f"need a weight [{x.shape[-1]}], got {weight.shape=}")
         # Without roundings between, all modes are torch's definition: the same bits as the

@@ -118,6 +118,11 @@ def test_unknown_casting_mode_is_an_error():
         rms_norm(torch.ones(1, 4), None, EPS, casting_mode="lama")
 
 
+def test_integers_are_an_error():
+    with pytest.raises(ValueError, match=r"x\.dtype=torch\.int64 not a float"):
+        rms_norm(torch.ones(1, 4, dtype=torch.long), None, EPS)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_of_another_size_is_an_error(dtype):
     """Also where PyTorch would broadcast it, as it would a single number."""
