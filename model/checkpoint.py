@@ -59,10 +59,7 @@ def load_model(
     """
     directory = Path(path)
     config = ModelConfig.from_directory(directory)
-    device = _resolve(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise CheckpointError(f"{dtype=} is not a floating-point torch.dtype")
+    device, dtype = resolve_placement(device, dtype)
 
     stored = _read_headers(directory)
     elements = sum(math.prod(tensor.shape) for tensor in stored.values())
@@ -122,7 +119,10 @@ def save_model(model: Transformer, path: str | Path, *, max_shard_size: int | st
         raise CheckpointError(f"cannot write {directory}: {_line(error)}") from None
 
 
-def _resolve(device: str | torch.device) -> torch.device:
+def resolve_placement(
+    device: str | torch.device, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """Where a model goes: "auto" is CUDA where there is one, None bf16 there and fp32 on a CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -133,7 +133,10 @@ def _resolve(device: str | torch.device) -> torch.device:
         raise CheckpointError(f"device {str(device)!r} is not supported, only cpu and cuda are")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(f"device {str(device)!r}: this machine or this torch has no CUDA")
-    return device
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise CheckpointError(f"{dtype=} is not a floating-point torch.dtype")
+    return device, dtype
 
 
 def _read_headers(directory: Path) -> dict[str, _Stored]:

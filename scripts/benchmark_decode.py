@@ -22,7 +22,6 @@ if __name__ == "__main__":  # run as a file, also uninstalled: the command, from
     sys.exit(main(["benchmark", "decode", *sys.argv[1:]]))
 
 import argparse
-import importlib.util
 import itertools
 import statistics
 import sys
@@ -66,9 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N|auto,…",
     )
     parser.add_argument(
-        "-p", dest="prompt_tokens", type=_counts, metavar="P,P", help="prompt tokens"
+        "-p", dest="prompt_tokens", type=options.positive_ints, metavar="P,P", help="prompt tokens"
     )
-    parser.add_argument("-n", dest="new_tokens", type=_counts, default=[128], metavar="N,N")
+    parser.add_argument(
+        "-n", dest="new_tokens", type=options.positive_ints, default=[128], metavar="N,N"
+    )
     parser.add_argument("-r", dest="repeats", type=options.positive_int, default=3, metavar="R")
     parser.add_argument("-o", dest="output", choices=["md", "csv", "json"], default="md")
     parser.add_argument(
@@ -81,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure every prompt length × new tokens × engine, and print one table or document."""
     from draftnorm.scripts import report
 
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'draftnorm[plot]'")
+    if args.plot:
+        report.figure_class()
     target, load = measure_load(args)
     engines = our_engines(target, args) | transformers_engines(target)
     rows = []
@@ -101,10 +102,7 @@ def run(args: argparse.Namespace) -> int:
         "repeats": args.repeats,
         "results": rows,
     }
-    if args.output == "csv":
-        print(report.comma_separated(headline(document), document["results"]))
-    else:
-        print({"md": markdown, "json": report.dump}[args.output](document))
+    report.print_benchmark(document, args.output, headline=headline, markdown=markdown)
     if args.plot:
         draw(document, args.plot)
     return 0
@@ -335,10 +333,10 @@ def markdown(document: dict[str, Any]) -> str:
 
 def draw(document: dict[str, Any], file: Path) -> None:
     """One bar a result, with its spread."""
-    from matplotlib.figure import Figure
+    from draftnorm.scripts.report import figure_class
 
     rows = [row for row in document["results"] if row["tokens_per_second"]]
-    figure = Figure(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
+    figure = figure_class()(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.barh(
         [f"{row['engine']} ({row['prompt_tokens']} + {row['new_tokens']})" for row in rows],
@@ -360,7 +358,3 @@ def _cell(value: float | None, digits: int) -> str:
 
 def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
-
-
-def _counts(text: str) -> list[int]:
-    return [options.positive_int(word) for word in _words(text)]

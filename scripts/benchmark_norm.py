@@ -54,8 +54,15 @@ ENGINES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     hidden = "64,128,256,512,576,1024,2048,4096,8192,16384"
-    parser.add_argument("--rows", type=_counts, default=_counts("1,8,65536"), metavar="M,M")
-    parser.add_argument("--hidden", type=_counts, default=_counts(hidden), metavar="H,H")
+    parser.add_argument(
+        "--rows",
+        type=options.positive_ints,
+        default=options.positive_ints("1,8,65536"),
+        metavar="M,M",
+    )
+    parser.add_argument(
+        "--hidden", type=options.positive_ints, default=options.positive_ints(hidden), metavar="H,H"
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument(
         "--engines",
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("benchmark norm times GPU kernels and needs a CUDA device: found none")
     if args.plot:
-        _figure()  # a missing matplotlib should show before the measurement, not after
+        report.figure_class()
     dtype = getattr(torch, args.dtype)
     copy_bytes_per_second = measure_copy()
     results = []
@@ -99,10 +106,7 @@ def run(args: argparse.Namespace) -> int:
         "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size,
         "results": results,
     }
-    if args.output == "csv":
-        print(report.comma_separated(headline(document), document["results"]))
-    else:
-        print({"md": markdown, "json": report.dump}[args.output](document))
+    report.print_benchmark(document, args.output, headline=headline, markdown=markdown)
     if args.plot:
         draw(document, args.plot)
     return 0
@@ -292,8 +296,10 @@ def markdown(document: dict[str, Any]) -> str:
 
 def draw(document: dict[str, Any], file: Path) -> None:
     """A panel for each number of rows: device µs over the hidden size, one line an engine."""
+    from draftnorm.scripts.report import figure_class
+
     counts = sorted({row["rows"] for row in document["results"]})
-    figure = _figure()(figsize=(5 * len(counts), 4), layout="constrained")
+    figure = figure_class()(figsize=(5 * len(counts), 4), layout="constrained")
     panels = figure.subplots(1, len(counts), squeeze=False)[0]
     for axes, M in zip(panels, counts, strict=True):
         for name in dict.fromkeys(row["engine"] for row in document["results"]):
@@ -307,18 +313,6 @@ def draw(document: dict[str, Any], file: Path) -> None:
     panels[0].legend()
     figure.suptitle(headline(document), fontsize="small")
     figure.savefig(file, dpi=150)
-
-
-def _figure() -> type:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'draftnorm[plot]'") from error
-    return Figure
-
-
-def _counts(text: str) -> list[int]:
-    return [options.positive_int(word) for word in text.split(",") if word]
 
 
 def _engines(text: str) -> list[str]:

@@ -113,6 +113,11 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_ints(text: str) -> list[int]:
+    """An argument such as 1,8,64."""
+    return [positive_int(word) for word in text.split(",") if word]
+
+
 def draft_length(text: str) -> int | str:
     """An argument of `auto` or 1 … 15."""
     if text == "auto":

@@ -11,7 +11,7 @@ import os
 import platform
 import resource
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -160,6 +160,29 @@ def package_version(name: str) -> str | None:
 def dump(document: dict[str, Any]) -> str:
     """The document as JSON text. NaN and infinity are not JSON, so they are an error here."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def print_benchmark(
+    document: dict[str, Any],
+    output: str,
+    *,
+    headline: Callable[[dict[str, Any]], str],
+    markdown: Callable[[dict[str, Any]], str],
+) -> None:
+    """Print a benchmark's document as "md", "csv" (its results alone) or "json"."""
+    if output == "csv":
+        print(comma_separated(headline(document), document["results"]))
+    else:
+        print({"md": markdown, "json": dump}[output](document))
+
+
+def figure_class() -> type:
+    """matplotlib's Figure; call it before measuring, so that its absence shows in time."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install 'draftnorm[plot]'") from error
+    return Figure
 
 
 def comma_separated(headline: str, rows: Sequence[dict[str, Any]]) -> str:

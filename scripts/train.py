@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 # Modules that import torch are imported where they are used: --help and usage errors stay fast.
-from draftnorm.scripts.options import add_device_arguments, positive_int
+from draftnorm.scripts.options import add_device_arguments, positive_int, torch_dtype
 from draftnorm.scripts.terminal import stderr_console
 
 # Beside tokenizer.model, so that transformers, too, takes text as it is.
@@ -133,7 +133,7 @@ def run_draft(args: argparse.Namespace) -> int:
     from draftnorm.model.checkpoint import load_model
     from draftnorm.model.corpus import TokenBlocks
 
-    device, dtype = _device_and_dtype(args)
+    device, dtype = _placement(args)
     target = load_model(args.target, device=device, dtype=dtype)
     config = _override(DRAFT, args)
     config = replace(config, block_size=min(config.block_size, target.config.context))
@@ -184,19 +184,16 @@ def _override(config, args: argparse.Namespace):  # TrainingConfig -> TrainingCo
     return replace(config, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
 
 
-def _device_and_dtype(args: argparse.Namespace):  # -> (str, torch.dtype)
-    """bf16 under fp32 masters on a GPU; on a CPU fp32, unless bf16 is asked for."""
-    import torch
+def _placement(args: argparse.Namespace):  # -> (torch.device, torch.dtype)
+    from draftnorm.model.checkpoint import resolve_placement
 
-    cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    name = ("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype
-    return "cuda" if cuda else "cpu", getattr(torch, name)
+    return resolve_placement(args.device, torch_dtype(args.dtype))
 
 
 def _new_model(shape, args: argparse.Namespace):  # ModelConfig -> Transformer
     from draftnorm.model.transformer import Transformer
 
-    device, dtype = _device_and_dtype(args)
+    device, dtype = _placement(args)
     return Transformer(shape, device=device, dtype=dtype).init_weights(args.seed)
 
 
