@@ -91,28 +91,28 @@ def _store_part(acc_ptr, extremes_ptr, part, acc_RK, max_R, sum_R, row_ok, dim, 
 
 @triton.jit
 def _join(acc_ptr, extremes_ptr, first, last, row_ok, dim, K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Join parts first … last: weights by their common maximum, then left to right."""
+    """Join parts first … last, an aligned block of four at a time, so that their loads overlap."""
     r = tl.arange(0, _ROWS)
     max_R = tl.full([_ROWS], float("-inf"), tl.float32)
     sum_R = tl.zeros([_ROWS], tl.float32)
     acc_RK = tl.zeros([_ROWS, BLOCK_D], tl.float32)
-    for part in range(first, last + 1):
+    for start in range(first // 4 * 4, last + 1, 4):
+        # A part that is not there weighs exp2(-inf) = 0 and adds exact zeros.
         # .cg: other programs wrote these, so this one's L1 must not answer.
-        part_max = tl.load(extremes_ptr + part * (2 * _ROWS) + r, cache_modifier=".cg")
-        max_R = tl.maximum(max_R, part_max)
-    for start in range(first, last + 1, 4):
-        for i in tl.static_range(4):  # four at a time, so that their loads overlap
-            part = start + i
-            live = part <= last
-            extremes = extremes_ptr + part * (2 * _ROWS) + r
-            part_max = tl.load(extremes, mask=live, other=float("-inf"), cache_modifier=".cg")
-            part_sum = tl.load(extremes + _ROWS, mask=live, other=0.0, cache_modifier=".cg")
-            place = acc_ptr + (part * _ROWS + r)[:, None] * K + dim[None, :]
-            mask = live & row_ok[:, None] & (dim < K)[None, :]
-            part_RK = tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
-            weight_R = _rescale(max_R, part_max)
-            sum_R += part_sum * weight_R
-            acc_RK += part_RK * weight_R[:, None]
+        part = start + tl.arange(0, 4)
+        live = ((part >= first) & (part <= last))[:, None]
+        extremes = extremes_ptr + part[:, None] * (2 * _ROWS) + r[None, :]
+        max_PR = tl.load(extremes, mask=live, other=float("-inf"), cache_modifier=".cg")
+        sum_PR = tl.load(extremes + _ROWS, mask=live, other=0.0, cache_modifier=".cg")
+        place = acc_ptr + (part[:, None] * _ROWS + r[None, :])[:, :, None] * K + dim[None, None, :]
+        mask = (live & row_ok[None, :])[:, :, None] & (dim < K)[None, None, :]
+        acc_PRK = tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(max_R, tl.max(max_PR, axis=0))
+        weight_PR, keep_R = _rescale(new_max[None, :], max_PR), _rescale(new_max, max_R)
+        sum_R = sum_R * keep_R + tl.sum(sum_PR * weight_PR, axis=0)
+        joined_RK = sum_slabs(acc_PRK * weight_PR[:, :, None], 4, _ROWS, BLOCK_D)
+        acc_RK = acc_RK * keep_R[:, None] + joined_RK
+        max_R = new_max
     return acc_RK, max_R, sum_R
 
 
@@ -142,17 +142,17 @@ def _decode_attention_kernel(
     # A block of keys is L slabs of N neighbours, one slab a warp.
     N: tl.constexpr = BLOCK_S // L
     slab_LN = tl.arange(0, L)[:, None] * N + tl.arange(0, N)[None, :]
+    q_ptrs = (row * H + group * HEADS + head)[:, None] * K + dim[None, :]
+    q_mask = row_ok[:, None] & (dim < K)[None, :]
+    base = (b.to(tl.int64) * sequence_lines + group * S) * K
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
 
-    base = (b.to(tl.int64) * sequence_lines + group * S) * K
     max_LR = tl.full([L, _ROWS], float("-inf"), tl.float32)
     sum_LR = tl.zeros([L, _ROWS], tl.float32)
     acc_LRK = tl.zeros([L, _ROWS, BLOCK_D], tl.float32)
     position_R = tl.load(position_ptr + row, mask=row_ok, other=-1)
-    q_ptrs = (row * H + group * HEADS + head)[:, None] * K + dim[None, :]
-    q_mask = row_ok[:, None] & (dim < K)[None, :]
     q_RK = tl.load(q_ptr + q_ptrs, mask=q_mask, other=0.0)
     q_LRK = tl.broadcast_to(q_RK[None, :, :], [L, _ROWS, BLOCK_D])
     last_key = tl.max(position_R)
@@ -200,13 +200,14 @@ def _decode_attention_kernel(
         )
     first_group, last_group = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
     if first_group < last_group:
-        _store_part(acc_ptr, extremes_ptr, splits + my_group, acc_RK, max_R, sum_R, row_ok, dim, K)
+        acc_ptr += splits * _ROWS * K
+        extremes_ptr += splits * 2 * _ROWS
+        _store_part(acc_ptr, extremes_ptr, my_group, acc_RK, max_R, sum_R, row_ok, dim, K)
         tl.debug_barrier()
         ticket = tl.atomic_add(ticket_ptr + groups, 1, sem="acq_rel")
         if ticket != last_group - first_group:
             return
         tl.store(ticket_ptr + groups, 0)
-        first_group, last_group = splits + first_group, splits + last_group
         acc_RK, max_R, sum_R = _join(
             acc_ptr, extremes_ptr, first_group, last_group, row_ok, dim, K, BLOCK_D
         )
