@@ -10,13 +10,14 @@ Sources: Hinton et al. 2015; Zhou et al. 2024 (DistillSpec: on-policy data); Lev
 (acceptance is the overlap of the two distributions).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from draftnorm.kernels.attention import block_attention
 from draftnorm.model.config import ModelConfig
@@ -28,6 +29,10 @@ from draftnorm.model.transformer import Call, Transformer
 DRAFT = TrainingConfig(
     steps=16_000, batch_size=16, block_size=1024, learning_rate=4e-3, warmup_steps=200
 )
+
+
+# Of the sequences that the target writes: greedy ones are easy, warm ones are learnt last.
+TEMPERATURES = (0.0, 0.0, 0.0, 0.6, 0.8, 0.8, 0.8, 1.0)
 
 
 def draft_config(target: ModelConfig, *, num_layers: int, hidden_size: int) -> ModelConfig:
@@ -97,6 +102,25 @@ def sample_sequences(
     return tokens_BS
 
 
+def continuations(
+    target: Transformer, prompts: TokenBlocks, *, batch_size: int
+) -> Iterator[Tensor]:
+    """Endless batches of what the target makes of <s> and a block of text; int64 [batch_size, S].
+
+    S is two blocks: half prompt, half the target's own, at TEMPERATURES in turn. That is what a
+    draft meets in use: soon after a prompt, before greedy text has run into its loop for long.
+    """
+    device = target.device
+    temperature_B = torch.tensor(TEMPERATURES, device=device).repeat(-(-batch_size // 8))
+    generator = torch.Generator(device).manual_seed(0)
+    for step in count():
+        prompts_BT = prompts.batch(step, batch_size, seed=1)[:, :-1].to(device)
+        prompts_BT[:, 0] = target.config.bos_token_id
+        yield sample_sequences(
+            target, prompts_BT, 2 * prompts.size, temperature_B[:batch_size], generator
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class MixedBlocks:
     """Blocks of several sources, an equal share of every batch from each (one may come twice)."""
@@ -112,6 +136,36 @@ class MixedBlocks:
         return torch.cat(batches)
 
 
+@torch.no_grad()
+def wanted(
+    target: Transformer, context_BT: Tensor, *, first_choice: float
+) -> tuple[Tensor, Tensor]:
+    """What a draft should say after every token: fp32 weights [M, V] and the first choices [M].
+
+    The weights are the target's distribution plus `first_choice` on its argmax.
+    """
+    logits_MV = target(context_BT).flatten(0, 1)
+    p_MV = logits_MV.softmax(dim=-1, dtype=torch.float32)
+    choice_M = logits_MV.argmax(dim=-1)
+    p_MV.scatter_add_(1, choice_M[:, None], torch.full_like(p_MV[:, :1], first_choice))
+    return p_MV, choice_M
+
+
+def draft_loss(
+    draft: Transformer, context_BT: Tensor, p_MV: Tensor, choice_M: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy to the weights `p_MV`, and how often both have the same first choice.
+
+    A vocabulary of fp32 a row is what a step moves most of: the softmax casts on its way, and one
+    inner product makes no third tensor of that size.
+    """
+    logits_MV = draft(context_BT).flatten(0, 1)
+    log_q_MV = logits_MV.log_softmax(dim=-1, dtype=torch.float32)
+    loss = -torch.dot(p_MV.flatten(), log_q_MV.flatten()) / len(choice_M)
+    agreement = (logits_MV.detach().argmax(dim=-1) == choice_M).float().mean()
+    return loss, {"loss": loss.detach(), "agreement": agreement}
+
+
 def distillation_loss(target: Transformer, *, first_choice: float = 0.5) -> Loss:
     """Cross-entropy to the target's distribution plus `first_choice` times that to its argmax.
 
@@ -121,15 +175,7 @@ def distillation_loss(target: Transformer, *, first_choice: float = 0.5) -> Loss
 
     def loss_of(draft: Transformer, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         context_BT = tokens[:, :-1]
-        with torch.no_grad():
-            p_MV = target(context_BT).flatten(0, 1).float().softmax(dim=-1)
-            choice_M = p_MV.argmax(dim=-1)
-            # Both terms are linear in the wanted probabilities: one pass over [M, V] does for both.
-            p_MV.scatter_add_(1, choice_M[:, None], torch.full_like(p_MV[:, :1], first_choice))
-        logits_MV = draft(context_BT).flatten(0, 1)
-        loss = cross_entropy(logits_MV.float(), p_MV)
-        agreement = (logits_MV.detach().argmax(dim=-1) == choice_M).float().mean()
-        return loss, {"loss": loss.detach(), "agreement": agreement}
+        return draft_loss(draft, context_BT, *wanted(target, context_BT, first_choice=first_choice))
 
     return loss_of
 

@@ -38,11 +38,13 @@ def grouped_experts(
 ) -> Tensor:
     """Rows sorted by expert, one product an expert; differentiable, for prefill and training."""
     (M, A), D = ids_MA.shape, x_MD.shape[1]
-    order = torch.argsort(ids_MA.flatten(), stable=True)  # of the M·A (row, slot) pairs
-    counts_E = torch.bincount(ids_MA.flatten(), minlength=gate_up_E2FD.shape[0])
+    sorted_ids, order = ids_MA.flatten().sort(stable=True)  # of the M·A (row, slot) pairs
+    # Not bincount, for which the host waits: a training step is bound by its launches.
+    experts_E = torch.arange(gate_up_E2FD.shape[0], device=ids_MA.device)
+    ends_E = torch.searchsorted(sorted_ids, experts_E, right=True, out_int32=True)
     pairs = x_MD[:, None].expand(M, A, D).reshape(M * A, D)
-    gate, up = _product_by_expert(_Permute.apply(pairs, order), gate_up_E2FD, counts_E).chunk(2, -1)
-    y = _product_by_expert(silu(gate) * up, down_EDF, counts_E)
+    gate, up = _product_by_expert(_Permute.apply(pairs, order), gate_up_E2FD, ends_E).chunk(2, -1)
+    y = _product_by_expert(silu(gate) * up, down_EDF, ends_E)
     y_MAD = _Permute.apply(y, torch.argsort(order)).view(M, A, D)
     return (y_MAD * weights_MA[:, :, None].to(y.dtype)).sum(dim=1)
 
@@ -77,12 +79,11 @@ def tile_experts(
     return out_MD, len(chosen)
 
 
-def _product_by_expert(x_PK: Tensor, weight_ENK: Tensor, counts_E: Tensor) -> Tensor:
-    """x · Wᵀ where the first counts[0] rows belong to expert 0, the next counts[1] to expert 1 …"""
+def _product_by_expert(x_PK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    """x · Wᵀ where rows up to ends[0] belong to expert 0, those from there to ends[1] to 1 …"""
     if x_PK.is_cuda and x_PK.dtype == torch.bfloat16:
-        ends_E = counts_E.cumsum(0).to(torch.int32)
         return grouped_mm(x_PK, weight_ENK.transpose(1, 2), offs=ends_E)
-    parts = x_PK.split(counts_E.tolist())
+    parts = x_PK.tensor_split(ends_E[:-1].tolist())
     return torch.cat([linear(x, w) for x, w in zip(parts, weight_ENK, strict=True)])
 
 

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--corpus", type=Path, default=Path("runs/corpus"), metavar="DIR")
     step.add_argument("--vocab-size", type=positive_int, default=8192, metavar="N")
     step.add_argument("--megabytes", type=float, default=40.0, help="size of the sample")
+    step.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this one, train none")
     step.set_defaults(run=run_tokenizer)
 
     step = steps.add_parser("target", help="train the Mixtral-style target")
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--generate", type=positive_int, metavar="N", help="let the target write N blocks first"
     )
     step.add_argument(
-        "--mix", type=positive_int, default=1, metavar="N", help="blocks of it to one of real text"
+        "--mix", type=positive_int, default=7, metavar="N", help="blocks of it to one of real text"
     )
     step.add_argument("--first-choice", type=float, default=0.5, help="weight of the argmax's loss")
     step.add_argument("--init", type=Path, metavar="DIR", help="go on from this draft's weights")
@@ -106,9 +107,12 @@ def run_corpus(args: argparse.Namespace) -> int:
 def run_tokenizer(args: argparse.Namespace) -> int:
     from draftnorm.model.corpus import SPLITS, tokenise, train_tokenizer
 
-    file = train_tokenizer(
-        args.corpus, args.corpus, vocab_size=args.vocab_size, max_bytes=int(args.megabytes * 1e6)
-    )
+    file = args.corpus / "tokenizer.model"
+    if args.tokenizer is None:
+        max_bytes = int(args.megabytes * 1e6)
+        train_tokenizer(args.corpus, args.corpus, vocab_size=args.vocab_size, max_bytes=max_bytes)
+    else:
+        shutil.copy(args.tokenizer, file)
     for split in SPLITS:
         print(f"{split}: {tokenise(args.corpus, split, file):,} tokens", file=sys.stderr)
     return 0
@@ -161,21 +165,20 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def _generate(target, text, file: Path, blocks: int) -> None:
-    """Let the target continue beginnings of training blocks, half of them greedily, to `file`."""
+    """Let the target continue pieces of training text, to `file`: two sequences a block."""
     import torch
 
-    from draftnorm.decoding.distillation import sample_sequences
+    from draftnorm.decoding.distillation import continuations
+    from draftnorm.model.corpus import TokenBlocks
 
-    batch_size = min(blocks, len(text), 8192)
-    temperatures = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.4, 0.6, 0.8, 1.0], device=target.device)
-    temperature_B = temperatures.repeat(-(-batch_size // 8))[:batch_size]
-    generator = torch.Generator(target.device).manual_seed(0)
+    prompts = TokenBlocks(text.tokens, text.size // 4)
+    sequences = 2 * blocks
+    batches = continuations(target, prompts, batch_size=min(sequences, len(prompts), 8192))
     with file.open("wb") as output:
-        for step in range(-(-blocks // batch_size)):
-            tokens_BT = text.batch(step, batch_size, seed=1).to(target.device)
-            prompts_BT = tokens_BT[:, : text.size // 4]
-            tokens_BS = sample_sequences(target, prompts_BT, text.size, temperature_B, generator)
+        while sequences > 0:
+            tokens_BS = next(batches)[:sequences]
             output.write(tokens_BS.to(torch.uint16).cpu().numpy().tobytes())
+            sequences -= len(tokens_BS)
         output.write(bytes(2))  # blocks are read with the token that follows them
 
 

@@ -1,10 +1,15 @@
 """Distillation: samples are the target's, the loss is least there, cycles are counted right."""
 
+from itertools import islice
+
+import numpy as np
 import pytest
 import torch
 
 from draftnorm.decoding.distillation import (
+    TEMPERATURES,
     MixedBlocks,
+    continuations,
     distillation_loss,
     draft_config,
     sample_sequences,
@@ -12,6 +17,7 @@ from draftnorm.decoding.distillation import (
 )
 from draftnorm.decoding.generation import generate
 from draftnorm.decoding.speculation import speculate
+from draftnorm.model.corpus import TokenBlocks
 from draftnorm.model.training import llama_config, mixtral_config
 from draftnorm.model.transformer import Transformer
 
@@ -62,6 +68,21 @@ def test_sampled_tokens_follow_the_tempered_distribution():
     freedom = int(large.sum())
     # Mean `freedom`, variance twice that: five standard deviations, for a fixed seed.
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_continuations_are_half_prompt_and_half_the_targets_own():
+    target = random_model(TARGET)
+    text = TokenBlocks(np.random.Generator(np.random.Philox(0)).integers(3, 29, 200), 8)
+    batches = list(islice(continuations(target, text, batch_size=8), 2))
+    starts = {tuple(text[i][1:8].tolist()) for i in range(len(text))}
+    for tokens_BS in batches:
+        assert tokens_BS.shape == (8, 16)
+        assert all(row[0] == 1 and tuple(row[1:8]) in starts for row in tokens_BS.tolist())
+    assert not torch.equal(batches[0][:, :8], batches[1][:, :8])  # other prompts in every batch
+    greedy = TEMPERATURES.count(0.0)
+    for row in batches[0][:greedy].tolist():
+        plain = generate(target, None, row[:8], max_new_tokens=8, ignore_eos=True).result()
+        assert row[8:] == list(plain.token_ids)
 
 
 def test_the_loss_is_least_where_the_draft_is_the_target():

@@ -22,11 +22,16 @@ def test_the_tiny_preset_from_text_to_speculation(tmp_path, capsys):
     target, draft = tmp_path / "target", tmp_path / "draft"
     options = ["--device", "cpu", *folders]
     assert main(["train", "tokenizer", *folders, "--vocab-size", "320"]) == 0
+    tokenizer, ids = tmp_path / "kept.model", (corpus / "train.bin").read_bytes()
+    (corpus / "tokenizer.model").rename(tokenizer)
+    assert main(["train", "tokenizer", *folders, "--tokenizer", str(tokenizer)]) == 0
+    assert (corpus / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    assert (corpus / "train.bin").read_bytes() == ids
     assert main(["train", "target", "--preset", "tiny", "--out", str(target), *options]) == 0
     history = json.loads((target / "history.json").read_text())
     assert history["history"][-1]["loss"] < 0.7 * history["history"][0]["loss"]
     assert history["validation"]["nats_per_token"] < 5.0  # 6.2 is uniform
-    distil = ["--hidden-size", "64", "--steps", "30", "--batch-size", "4", "--generate", "16"]
+    distil = ["--hidden-size", "64", "--steps", "30", "--batch-size", "8", "--generate", "16"]
     command = ["train", "draft", "--target", str(target), "--out", str(draft), *distil, *options]
     assert main(command) == 0
     assert (target / "loss.png").is_file() and "tokens_per_second" in capsys.readouterr().err
