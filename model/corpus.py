@@ -87,7 +87,7 @@ class TokenBlocks:
         return torch.from_numpy(self.tokens[positions_BT].astype(np.int64))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of `count` blocks. Kept: drawing it anew takes a millisecond of every step."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
