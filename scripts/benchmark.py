@@ -1,4 +1,4 @@
-"""Measurements: `draftnorm benchmark norm | decode | ladder`, each a module of its own."""
+"""Measurements: `draftnorm benchmark norm | decode | speculate | ladder | exactness`."""
 
 if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
     import sys
@@ -15,8 +15,10 @@ from draftnorm.scripts.main import add_commands
 
 BENCHMARKS = {
     "norm": ("benchmark_norm", "time RMSNorm over rows and hidden sizes"),
-    "decode": ("benchmark_decode", "time plain and speculative decoding beside transformers"),
-    "ladder": ("benchmark_ladder", "time a GPU decode step of a real shape, kernel by kernel"),
+    "decode": ("benchmark_decode", "time plain decoding, or a GPU's step kernel by kernel"),
+    "speculate": ("benchmark_speculate", "time drafters and draft lengths beside plain decoding"),
+    "ladder": ("benchmark_ladder", "time a GPU's step with the norm stored, unstored and fused"),
+    "exactness": ("benchmark_exactness", "check that a row's bits depend on that row alone"),
 }
 
 

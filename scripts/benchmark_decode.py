@@ -1,7 +1,11 @@
-"""Tokens per second, plain and speculative, beside transformers: `draftnorm benchmark decode`.
+"""Tokens per second of plain decoding, beside transformers: `draftnorm benchmark decode`.
 
-    draftnorm benchmark decode --target DIR --draft ngram -n 128 -r 5
     draftnorm benchmark decode --target DIR -p 64,512 -n 64,256 -o json --plot speed.png
+    draftnorm benchmark decode --shape llama-3.2-1b --context 64,1000,32768
+
+With --shape: random weights of that shape on a GPU, step by step and kernel by kernel, as
+benchmark_shape.py says. Else whole engines decode with a checkpoint, on any device. `draftnorm
+benchmark speculate` is the latter with drafters too.
 
 All engines run greedily in one process on the same threads, take turns in each repeat after an
 untimed run, and are timed by the same clock: the arrival of committed tokens.
@@ -33,15 +37,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftnorm.scripts import options
+from draftnorm.scripts.shapes import NAMES
 
 if TYPE_CHECKING:
+    from draftnorm.decoding.statistics import SpeculationStatistics
     from draftnorm.scripts.report import Loaded
 
-SCHEMA = "draftnorm/benchmark-decode/1"
+SCHEMA = "draftnorm/benchmark-engines/2"
 LOOKUP_TOKENS = 10  # what transformers' documentation uses for prompt lookup
-# An engine decodes `new_tokens` after a prompt and hands over tokens as it commits them.
+# An engine decodes `new_tokens` after a prompt, hands over tokens as it commits them and returns
+# what is known of its drafts.
 Emit = Callable[[Sequence[int]], None]
-Engine = Callable[[list[int], int, Emit], None]
+Engine = Callable[[list[int], int, Emit], "SpeculationStatistics | None"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,61 +58,103 @@ class Timing:
     first_token_seconds: float
     tokens_per_second: float | None
     token_ids: tuple[int, ...]
+    speculation: "SpeculationStatistics | None"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_arguments(parser)
+    shape = parser.add_argument_group("with --shape, on a GPU")
+    shape.add_argument("--shape", choices=NAMES, help="random weights of this shape; no checkpoint")
+    shape.add_argument(
+        "--rows", type=options.positive_ints, default=[1, 5], metavar="M,M", help="rows of a step"
+    )
+    shape.add_argument(
+        "--context",
+        type=options.positive_ints,
+        default=[64, 1000, 32768],
+        metavar="S,S",
+        help="tokens in the cache before the steps that are timed",
+    )
+    shape.add_argument(
+        "--cold", action="store_true", help="compile every kernel anew, into an empty Triton cache"
+    )
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `decode` and `speculate` share."""
     parser.add_argument("--target", metavar="PATH|NAME|HUB_ID", help="default: the embedded target")
-    parser.add_argument(
-        "--draft", type=_words, default=["ngram"], metavar="D,D", help="drafters (default: ngram)"
-    )
-    parser.add_argument(
-        "--draft-length",
-        type=lambda text: [options.draft_length(word) for word in _words(text)],
-        default=["auto"],
-        metavar="N|auto,…",
-    )
     parser.add_argument(
         "-p", dest="prompt_tokens", type=options.positive_ints, metavar="P,P", help="prompt tokens"
     )
     parser.add_argument(
-        "-n", dest="new_tokens", type=options.positive_ints, default=[128], metavar="N,N"
+        "-n", dest="new_tokens", type=options.positive_ints, metavar="N,N", help="new tokens"
     )
     parser.add_argument("-r", dest="repeats", type=options.positive_int, default=3, metavar="R")
     parser.add_argument("-o", dest="output", choices=["md", "csv", "json"], default="md")
     parser.add_argument(
         "--plot", type=Path, metavar="F.png", help="draw the rates (needs matplotlib)"
     )
+    parser.add_argument("--no-peers", action="store_true", help="leave transformers out")
     options.add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every prompt length × new tokens × engine, and print one table or document."""
+    """Measure every prompt length × new tokens × engine, and print tables or one document."""
+    if args.shape is None:
+        return run_engines(args, drafts=[])
+    if args.target or args.device == "cpu":
+        raise ValueError("--shape takes no --target, and runs on a GPU alone")
+    from draftnorm.scripts import benchmark_shape
+
+    show(args, lambda: benchmark_shape.measure(args), benchmark_shape.markdown)
+    return 0
+
+
+def run_engines(args: argparse.Namespace, *, drafts: list[str]) -> int:
+    """Compare plain decoding, speculation with each of `drafts`, and transformers."""
+
+    def measure_all() -> dict[str, Any]:
+        from draftnorm.scripts import report
+
+        target, load = measure_load(args)
+        engines = our_engines(target, args, drafts)
+        if not args.no_peers:
+            engines |= transformers_engines(target, lookup=bool(drafts))
+        rows = []
+        for prompt_tokens, new_tokens in itertools.product(
+            args.prompt_tokens or [None], args.new_tokens or [128]
+        ):
+            prompt = benchmark_prompt(target, prompt_tokens)
+            rows += compare_engines(engines, prompt, new_tokens, args.repeats)
+        return {
+            "schema": SCHEMA,
+            **report.describe_environment(target.model.device),
+            "transformers": report.package_version("transformers"),
+            "command": args.command_line,
+            "target": report.describe_checkpoint(target),
+            "load": load,
+            "repeats": args.repeats,
+            "results": rows,
+        }
+
+    show(args, measure_all, markdown)
+    return 0
+
+
+def show(
+    args: argparse.Namespace,
+    measure_all: Callable[[], dict[str, Any]],
+    markdown: Callable[[dict[str, Any]], str],
+) -> None:
+    """Print what `measure_all` finds as -o says, and draw it where --plot says."""
     from draftnorm.scripts import report
 
     if args.plot:
         report.figure_class()
-    target, load = measure_load(args)
-    engines = our_engines(target, args) | transformers_engines(target)
-    rows = []
-    for prompt_tokens, new_tokens in itertools.product(
-        args.prompt_tokens or [None], args.new_tokens
-    ):
-        prompt = benchmark_prompt(target, prompt_tokens)
-        rows += compare_engines(engines, prompt, new_tokens, args.repeats)
-    document = {
-        "schema": SCHEMA,
-        **report.describe_environment(target.model.device),
-        "transformers": report.package_version("transformers"),
-        "command": args.command_line,
-        "target": report.describe_checkpoint(target),
-        "load": load,
-        "repeats": args.repeats,
-        "results": rows,
-    }
+    document = measure_all()
     report.print_benchmark(document, args.output, headline=headline, markdown=markdown)
     if args.plot:
         draw(document, args.plot)
-    return 0
 
 
 def measure_load(args: argparse.Namespace) -> tuple["Loaded", dict[str, float]]:
@@ -140,7 +189,7 @@ def benchmark_prompt(target: "Loaded", prompt_tokens: int | None) -> list[int]:
     return list(itertools.islice(itertools.cycle(text), prompt_tokens or len(text)))
 
 
-def our_engines(target: "Loaded", args: argparse.Namespace) -> dict[str, Engine]:
+def our_engines(target: "Loaded", args: argparse.Namespace, drafts: list[str]) -> dict[str, Engine]:
     """Plain decoding, and speculation for each drafter and draft length."""
     from draftnorm.decoding.generation import generate
     from draftnorm.decoding.speculation import speculate
@@ -148,14 +197,16 @@ def our_engines(target: "Loaded", args: argparse.Namespace) -> dict[str, Engine]
     def engine(decode: Callable[..., Any], **settings: Any) -> Engine:
         settings |= {"ignore_eos": True}
 
-        def run_once(prompt: list[int], new_tokens: int, emit: Emit) -> None:
-            for chunk in decode(target.model, None, prompt, max_new_tokens=new_tokens, **settings):
+        def run_once(prompt: list[int], new_tokens: int, emit: Emit) -> Any:
+            generation = decode(target.model, None, prompt, max_new_tokens=new_tokens, **settings)
+            for chunk in generation:
                 emit(chunk.token_ids)
+            return generation.result().speculation
 
         return run_once
 
     engines = {"draftnorm plain": engine(generate)}
-    for name in args.draft:
+    for name in drafts:
         draft = name if name == "ngram" else options.load(name, args).model
         for length in args.draft_length:
             label = f"draftnorm {Path(name).name}, length {length}"
@@ -163,8 +214,8 @@ def our_engines(target: "Loaded", args: argparse.Namespace) -> dict[str, Engine]
     return engines
 
 
-def transformers_engines(target: "Loaded") -> dict[str, Engine]:
-    """Greedy decoding and prompt lookup in transformers; nothing, with a note, without it."""
+def transformers_engines(target: "Loaded", *, lookup: bool) -> dict[str, Engine]:
+    """Greedy decoding and, with `lookup`, prompt lookup in transformers; nothing without it."""
     try:
         import torch
         from transformers import AutoModelForCausalLM
@@ -205,10 +256,10 @@ def transformers_engines(target: "Loaded") -> dict[str, Engine]:
 
         return decode
 
-    return {
-        "transformers greedy": engine(),
-        "transformers prompt lookup": engine(prompt_lookup_num_tokens=LOOKUP_TOKENS),
-    }
+    engines = {"transformers greedy": engine()}
+    if lookup:
+        engines["transformers prompt lookup"] = engine(prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    return engines
 
 
 def compare_engines(
@@ -240,6 +291,8 @@ def compare_engines(
             "first_token_seconds": statistics.median(run.first_token_seconds for run in runs),
             "same_tokens_as_plain": all(run.token_ids == reference for run in runs),
         }
+        for key in ("tokens_per_cycle", "acceptance_rate"):
+            row[key] = runs[-1].speculation and getattr(runs[-1].speculation, key)
         for key, other in (("plain", "draftnorm plain"), ("transformers", "transformers greedy")):
             base = median(other)
             row[f"times_{key}"] = median(name) / base if base and rates else None
@@ -251,7 +304,9 @@ def measure(engine: Engine, prompt: list[int], new_tokens: int) -> Timing:
     """Time one run by the arrival of its tokens."""
     arrivals: list[tuple[float, Sequence[int]]] = []
     started = time.perf_counter()
-    engine(prompt, new_tokens, lambda ids: arrivals.append((time.perf_counter(), ids)))
+    speculation = engine(
+        prompt, new_tokens, lambda ids: arrivals.append((time.perf_counter(), ids))
+    )
     tokens = tuple(itertools.chain.from_iterable(ids for _, ids in arrivals))
     first, last = arrivals[0][0], arrivals[-1][0]
     later = len(tokens) - len(arrivals[0][1])
@@ -259,6 +314,7 @@ def measure(engine: Engine, prompt: list[int], new_tokens: int) -> Timing:
         first_token_seconds=first - started,
         tokens_per_second=later / (last - first) if later else None,
         token_ids=tokens,
+        speculation=speculation,
     )
 
 
@@ -312,8 +368,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"host memory beyond the model's own. Greedy, median of {document['repeats']}.",
         "",
         "| prompt | new | engine | tokens/s | spread | first token | × plain | × transformers "
-        "| tokens as plain |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| tokens a cycle | accepted | tokens as plain |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in document["results"]:
         cells = [
@@ -325,6 +381,8 @@ def markdown(document: dict[str, Any]) -> str:
             f"{row['first_token_seconds']:.3f} s",
             _cell(row["times_plain"], 2),
             _cell(row["times_transformers"], 2),
+            _cell(row["tokens_per_cycle"], 2),
+            _cell(row["acceptance_rate"], 2),
             "yes" if row["same_tokens_as_plain"] else "no",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -354,7 +412,3 @@ def draw(document: dict[str, Any], file: Path) -> None:
 
 def _cell(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]

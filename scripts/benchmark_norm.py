@@ -146,11 +146,13 @@ def measure_copy() -> float:
     """The best of two ways to copy 4 GB (or a quarter of the free memory): bytes/s, both ways."""
     import torch
 
+    from draftnorm.scripts import timing
+
     size = min(2**32, torch.cuda.mem_get_info()[0] // 4)
     source = torch.empty(size // 2, dtype=torch.int16, device="cuda").random_()
     target = torch.empty_like(source)
     best = min(
-        statistics.median(_events(copy, 10))
+        statistics.median(timing.device_seconds(copy, 10))
         for copy in (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
     )
     return 2 * source.nbytes / best
@@ -196,13 +198,15 @@ def device_seconds(engine: Engine, inputs: list["Tensor"], repeats: int) -> list
     """Seconds a call, of graph replays. The outputs are kept, so that no two calls share one."""
     import torch
 
+    from draftnorm.scripts import timing
+
     for _ in range(3):
         engine(inputs[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [engine(x) for x in inputs]
-    seconds = [elapsed / len(outputs) for elapsed in _events(graph.replay, repeats)]
+    seconds = [elapsed / len(outputs) for elapsed in timing.device_seconds(graph.replay, repeats)]
     del outputs
     return seconds
 
@@ -220,23 +224,6 @@ def wall_seconds(engine: Engine, x: "Tensor", repeats: int) -> list[float]:
             engine(x)
         torch.cuda.synchronize()
         seconds.append((time.perf_counter() - started) / calls)
-    return seconds
-
-
-def _events(work: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds on the device of each of `repeats` runs, after two untimed ones."""
-    import torch
-
-    work()
-    work()
-    seconds = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
     return seconds
 
 

@@ -52,6 +52,8 @@ def test_version_does_not_import_torch():
         ("generate", "generate"),
         ("benchmark", "benchmark"),
         ("benchmark_decode", "benchmark decode"),
+        ("benchmark_speculate", "benchmark speculate"),
+        ("benchmark_ladder", "benchmark ladder"),
     ],
 )
 def test_modules_run_as_files_from_anywhere(module, command, tmp_path):

@@ -127,10 +127,10 @@ def test_benchmark_counts_tokens_after_the_first_arrival(monkeypatch):
     assert timing.token_ids == (7, 8, 9, 1, 2, 3)
 
 
-def test_benchmark_decode_beside_transformers(make_checkpoint, capsys, tmp_path):
+def test_benchmark_speculate_beside_transformers(make_checkpoint, capsys, tmp_path):
     pytest.importorskip("transformers")
     plot = tmp_path / "speed.png"
-    argv = ["benchmark", "decode", "--target", str(make_checkpoint()), "--device", "cpu"]
+    argv = ["benchmark", "speculate", "--target", str(make_checkpoint()), "--device", "cpu"]
     argv += ["-p", "9,40", "-n", "12", "-r", "2", "--draft-length", "auto,3", "-o", "json"]
     assert main([*argv, "--plot", str(plot)]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -147,7 +147,11 @@ def test_benchmark_decode_beside_transformers(make_checkpoint, capsys, tmp_path)
     for row in document["results"]:
         assert row["same_tokens_as_plain"] is True  # transformers decodes the same, too
         assert row["slowest"] <= row["tokens_per_second"] <= row["fastest"]
+        drafting = row["engine"].startswith("draftnorm ngram")
+        assert (row["tokens_per_cycle"] is not None) == drafting
     assert [row["prompt_tokens"] for row in document["results"]] == [9] * 5 + [40] * 5
+    three = document["results"][2]  # 11 of the 12 tokens are committed by cycles
+    assert 1.0 <= three["tokens_per_cycle"] <= 4.0
 
     table = benchmark_decode.markdown(document).splitlines()
     assert document["hardware"]["name"] in table[0] and document["torch"] in table[0]
@@ -155,3 +159,26 @@ def test_benchmark_decode_beside_transformers(make_checkpoint, capsys, tmp_path)
     assert len(rows) == 2 + 10 and len({line.count("|") for line in rows}) == 1
     comma_separated = report.comma_separated("hardware", document["results"]).splitlines()
     assert comma_separated[0].startswith("# ") and len(comma_separated) == 2 + 10
+
+
+def test_benchmark_decode_is_plain_decoding(make_checkpoint, capsys):
+    argv = ["benchmark", "decode", "--target", str(make_checkpoint()), "--device", "cpu"]
+    assert main([*argv, "-p", "9", "-n", "6", "-r", "1", "--no-peers", "-o", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["engine"] for row in document["results"]] == ["draftnorm plain"]
+    assert document["results"][0]["times_transformers"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "command", ["decode --shape llama-3.2-1b", "ladder", "decode --shape target --device cpu"]
+)
+def test_what_needs_a_gpu_says_so_in_one_line(command, capsys):
+    assert main(["benchmark", *command.split()]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "GPU" in captured.err and captured.err.count("\n") == 1
+
+
+def test_unknown_shapes_are_wrong_usage():
+    assert main(["benchmark", "decode", "--shape", "gpt-2"]) == 2
+    assert main(["benchmark", "ladder", "--shape", "target,gpt-2"]) == 2

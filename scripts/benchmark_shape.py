@@ -1,0 +1,351 @@
+"""`draftnorm benchmark decode --shape`: a real shape on a GPU, and where each microsecond goes.
+
+Random weights, one sequence, greedy, bf16. *tokens/s* is plain decoding after the first token, by
+the host's clock. *First token* is the prefill and the choice after it. The *limit* is the time that
+the weights a step reads take at the read bandwidth measured in this run; a *kernel's* limit counts
+its weights, or keys and values, alone. A *step* is a replayed graph; beside the time of M rows, all
+different tokens, stand the experts they touch and the bytes of those experts.
+
+transformers has a static cache and torch.compile ("reduce-overhead", whole graph), and a bare loop
+around them: no generate(), no synchronisation before the end.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from draftnorm.kernels.rms_norm import INTERPRETED
+from draftnorm.model.cache import KVCache, free_bytes
+from draftnorm.model.config import ModelConfig
+from draftnorm.model.decode_step import DecodeStep
+from draftnorm.model.transformer import Transformer
+from draftnorm.scripts import options, report, timing
+from draftnorm.scripts.benchmark_decode import headline
+from draftnorm.scripts.shapes import SHAPES
+from draftnorm.scripts.step_times import bytes_of_a_step, measure_steps, progress
+
+SCHEMA = "draftnorm/benchmark-decode-shape/1"
+LONG_PROMPT = 2048  # whose prefill is measured beside the prompts asked for
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one shape; the document that `benchmark decode` prints."""
+    with contextlib.ExitStack() as stack:
+        if args.cold:  # read by Triton whenever it compiles
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder))
+        return _measure(args)
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    model = random_model(args.shape, options.torch_dtype(args.dtype))
+    config, device, dtype = model.config, model.device, model.dtype
+    bandwidth, flops = timing.read_bandwidth(device), timing.product_rate(device)
+    progress(f"{bandwidth / 1e12:.2f} TB/s read, {flops / 1e12:.0f} TFLOP/s in products")
+    limit = bandwidth / bytes_of_a_step(model)
+    lengths, counts = args.prompt_tokens or [64], args.new_tokens or [256]
+    rows, notes, first_start = [], [], None
+    for prompt_tokens, new_tokens in itertools.product(lengths, counts):
+        row, start = decode(model, prompt_tokens, new_tokens, args.repeats)
+        first_start = first_start or start
+        rows.append(row | {"limit_share": row["tokens_per_second"] / limit})
+        progress(f"{prompt_tokens} + {new_tokens}: {row['tokens_per_second']:,.1f} tokens/s")
+    document = {
+        "schema": SCHEMA,
+        **report.describe_environment(device),
+        "transformers": None if args.no_peers else report.package_version("transformers"),
+        "command": args.command_line,
+        "shape": args.shape,
+        "parameters": config.parameters,
+        "dtype": str(dtype).removeprefix("torch."),
+        "repeats": args.repeats,
+        "read_bytes_per_second": bandwidth,
+        "product_flops_per_second": flops,
+        "step_bytes": bytes_of_a_step(model),
+        "limit_tokens_per_second": limit,
+        "triton_cache": "empty" if args.cold else "as found",
+        **first_start,
+        "prefill": [
+            prefill(model, length, flops, args.repeats)
+            for length in sorted({*lengths, LONG_PROMPT})
+        ],
+        **measure_steps(model, args.context, args.rows, bandwidth, args.repeats),
+    }
+    if not args.no_peers:
+        for prompt_tokens, new_tokens in itertools.product(lengths, counts):
+            try:
+                row = decode_transformers(config, prompt_tokens, new_tokens, args.repeats, model)
+            except Exception as error:  # ours is measured; a peer's failure is a finding
+                notes.append(f"transformers was not measured: {' '.join(str(error).split())[:300]}")
+                progress(notes[-1])
+                break
+            rows.append(row | {"limit_share": row["tokens_per_second"] / limit})
+            progress(f"transformers: {row['tokens_per_second']:,.1f} tokens/s")
+    return document | {"results": rows, "notes": notes}
+
+
+def random_model(shape: str, dtype: torch.dtype | None = None) -> Transformer:
+    """A model of this shape on the GPU, with weights that keep its rows of size one.
+
+    bf16 by default. Raises ValueError, in one line, without a GPU.
+    """
+    if not (torch.cuda.is_available() or INTERPRETED):
+        raise ValueError(f"--shape {shape} times GPU kernels and needs a CUDA device: found none")
+    cuda = torch.cuda.is_available()
+    dtype = dtype or (torch.bfloat16 if cuda else torch.float32)  # the interpreter has no bf16
+    if shape in options.EMBEDDED:
+        config = ModelConfig.from_directory(options.EMBEDDED_FOLDER / shape)
+    else:
+        config = ModelConfig(**SHAPES[shape])
+    progress(f"{shape}: {config.parameters * dtype.itemsize / 1e9:.2f} GB of weights")
+    model = Transformer(config, device="cuda" if cuda else "cpu", dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
+    return model
+
+
+def prefill_flops(config: ModelConfig, T: int) -> int:
+    """Operations of a prompt's products and causal attention; the head sees the last token only."""
+    head = config.vocab_size * config.hidden_size
+    parameters = config.parameters - head * (1 if config.tie_embeddings else 2)
+    sparse = sum(map(config.is_sparse, range(config.num_layers)))
+    idle = config.num_experts - config.experts_per_token
+    parameters -= sparse * idle * 3 * config.expert_size * config.hidden_size
+    attention = config.num_layers * 2 * config.num_heads * config.head_size * T * T
+    return 2 * T * parameters + 2 * head + attention
+
+
+def prefill(model: Transformer, length: int, flops: float, repeats: int) -> dict[str, Any]:
+    """Seconds of a prompt of `length`, and its share of the rate of products."""
+    cache = _cache(model, length)
+    memory = _ExtraMemory()
+    seconds = statistics.median(
+        timing.wall_seconds(lambda: _first_token(model, cache, length), repeats)
+    )
+    progress(f"prefill of {length}: {length / seconds:,.0f} tokens/s")
+    return {
+        "prompt_tokens": length,
+        "seconds": seconds,
+        "tokens_per_second": length / seconds,
+        "product_share": prefill_flops(model.config, length) / seconds / flops,
+        "extra_memory_bytes": memory.peak(),
+    }
+
+
+def decode(
+    model: Transformer, prompt_tokens: int, new_tokens: int, repeats: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plain decoding: a row of results, and what the first step of a session takes."""
+    cache = _cache(model, prompt_tokens + new_tokens)
+    memory = _ExtraMemory()
+
+    def start_session() -> tuple[DecodeStep, float]:
+        _first_token(model, cache, prompt_tokens)
+        timing.synchronize()
+        start = time.perf_counter()
+        step = DecodeStep(model, cache)
+        next(step.greedy(1, new_tokens))  # compiles and captures all that it will need
+        return step, time.perf_counter() - start
+
+    _, cold_seconds = start_session()
+    step, warm_seconds = start_session()
+
+    def greedy() -> float:
+        token = _first_token(model, cache, prompt_tokens)
+        timing.synchronize()
+        start = time.perf_counter()
+        for _ in step.greedy(token, new_tokens):
+            pass
+        return new_tokens / (time.perf_counter() - start)
+
+    greedy()
+    rates = sorted(greedy() for _ in range(repeats))
+    first = timing.wall_seconds(lambda: _first_token(model, cache, prompt_tokens), repeats)
+    row = _result("draftnorm", prompt_tokens, new_tokens, rates, first, cold_seconds)
+    return row, {
+        "compile_and_capture_seconds": cold_seconds,
+        "capture_seconds": warm_seconds,  # kernels compiled before, in this process
+        "extra_memory_bytes": memory.peak(),
+    }
+
+
+def decode_transformers(
+    config: ModelConfig, prompt_tokens: int, new_tokens: int, repeats: int, ours: Transformer
+) -> dict[str, Any]:
+    """The same shape in transformers, compiled on a GPU; ValueError if it does not fit."""
+    from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+
+    device, needed = ours.device, config.parameters * ours.dtype.itemsize
+    if needed * 1.05 > (free := free_bytes(device)):
+        raise ValueError(f"{needed:,} bytes of weights do not fit beside ours, {free:,} are free")
+    start = time.perf_counter()
+    with device:
+        peer = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config.to_dict()), dtype=ours.dtype
+        ).eval()
+    progress("transformers: compiling")
+    cache = StaticCache(config=peer.config, max_cache_len=prompt_tokens + new_tokens)
+
+    def advance(tokens_BT: Tensor) -> Tensor:
+        logits = peer(tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    cuda = device.type == "cuda"
+    step = torch.compile(advance, mode="reduce-overhead", fullgraph=True) if cuda else advance
+    prompt = torch.arange(prompt_tokens, device=device)[None] % config.vocab_size
+
+    def first_token() -> Tensor:
+        cache.reset()
+        return advance(prompt)
+
+    @torch.no_grad()
+    def greedy() -> float:
+        token = first_token()
+        timing.synchronize()
+        start = time.perf_counter()
+        for _ in range(new_tokens):
+            torch.compiler.cudagraph_mark_step_begin()
+            token = step(token).clone()  # the graph's own output is overwritten by the next step
+        timing.synchronize()
+        return new_tokens / (time.perf_counter() - start)
+
+    greedy()
+    warm_up_seconds = time.perf_counter() - start
+    rates = sorted(greedy() for _ in range(repeats))
+    with torch.no_grad():
+        first = timing.wall_seconds(first_token, repeats)
+    engine = "transformers, static cache, compiled"
+    return _result(engine, prompt_tokens, new_tokens, rates, first, warm_up_seconds)
+
+
+class _ExtraMemory:
+    """Peak of the device memory allocated from here on, beyond what is allocated already."""
+
+    def __init__(self) -> None:
+        self.before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        if self.before:
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int | None:
+        return torch.cuda.max_memory_allocated() - self.before if self.before else None
+
+
+def _cache(model: Transformer, capacity: int) -> KVCache:
+    return KVCache(model.config, capacity=capacity, device=model.device, dtype=model.dtype)
+
+
+def _first_token(model: Transformer, cache: KVCache, length: int) -> int:
+    """Read a prompt of `length` into the empty cache; the best token after it."""
+    cache.rollback(0)
+    prompt = torch.arange(length, device=model.device) % model.config.vocab_size
+    return int(model.prefill(prompt, cache).argmax())
+
+
+def _result(
+    engine: str, prompt_tokens: int, new_tokens: int, rates: list[float], first: list[float],
+    warm_up_seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "engine": engine,
+        "tokens_per_second": statistics.median(rates),
+        "slowest": rates[0],
+        "fastest": rates[-1],
+        "first_token_seconds": statistics.median(first),
+        "warm_up_seconds": warm_up_seconds,
+    }
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """Tables that can be pasted."""
+    memory = document["extra_memory_bytes"]
+    limit = document["limit_tokens_per_second"]
+    lines = [
+        headline(document),
+        "",
+        f"{document['shape']}, {document['parameters'] / 1e6:,.1f} M parameters, "
+        f"{document['dtype']}. A step reads {document['step_bytes'] / 1e6:,.1f} MB: at most "
+        f"{limit:,.0f} tokens/s at {document['read_bytes_per_second'] / 1e12:.2f} TB/s. Compiling "
+        f"(Triton cache {document['triton_cache']}) and capturing took "
+        f"{document['compile_and_capture_seconds']:.1f} s, capturing again "
+        f"{document['capture_seconds']:.1f} s; memory beyond weights and cache: "
+        f"{_number(memory and memory / 1e6, 0)} MB.",
+        "",
+        "| prompt | new | engine | tokens/s | spread | of the limit | first token | warm-up |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {row['prompt_tokens']} | {row['new_tokens']} | {row['engine']} | "
+            f"{row['tokens_per_second']:,.1f} | {row['slowest']:,.1f} – {row['fastest']:,.1f} | "
+            f"{row['limit_share']:.1%} | {1e3 * row['first_token_seconds']:.1f} ms | "
+            f"{row['warm_up_seconds']:.1f} s |"
+            for row in document["results"]
+        ),
+        *(f"\n{note}" for note in document["notes"]),
+        "",
+        f"| prefill | ms | tokens/s | of {document['product_flops_per_second'] / 1e12:.0f} TFLOP/s "
+        "in products | MB beyond weights and cache |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['prompt_tokens']:,} | {1e3 * row['seconds']:.2f} | "
+            f"{row['tokens_per_second']:,.0f} | {row['product_share']:.1%} | "
+            f"{_number(row['extra_memory_bytes'] and row['extra_memory_bytes'] / 1e6, 0)} |"
+            for row in document["prefill"]
+        ),
+        "",
+        "| context | rows | step, µs | × one row | experts a layer | × bytes of one row |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row['context']:,} | {row['rows']} | {1e6 * row['seconds']:.1f} | "
+            f"{row['times_one_row']:.3f} | {_number(row['experts_touched'], 2)} | "
+            f"{row['times_bytes']:.3f} |"
+            for row in document["steps"]
+        ),
+    ]
+    for context in dict.fromkeys(row["context"] for row in document["kernels"]):
+        rows = [row for row in document["kernels"] if row["context"] == context]
+        (step,) = (
+            row["seconds"]
+            for row in document["steps"]
+            if row["context"] == context and row["rows"] == 1
+        )
+        total = sum(row["seconds"] for row in rows)
+        limits = sum(row["limit_seconds"] or 0.0 for row in rows)
+        lines += [
+            "",
+            f"| kernels at {context:,} | calls | µs a call | MB a call | limit, µs | of bandwidth "
+            "| µs a step | of a step |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            calls, floor = row["calls"], row["limit_seconds"]
+            share = floor / row["seconds"] if floor and row["seconds"] else None
+            lines.append(
+                f"| {row['kind']} | {calls} | {1e6 * row['seconds'] / calls:.2f} | "
+                f"{row['bytes'] / calls / 1e6:.2f} | {_number(floor and 1e6 * floor / calls, 2)} | "
+                f"{'–' if share is None else f'{share:.0%}'} | {1e6 * row['seconds']:.1f} | "
+                f"{row['share']:.1%} |"
+            )
+        lines += [
+            f"| all, one after another | | | | {1e6 * limits:.1f} | | {1e6 * total:.1f} | "
+            f"{total / step:.1%} |",
+            f"| the step, overlapped | | | | | {limits / step:.0%} | {1e6 * step:.1f} | 100.0% |",
+        ]
+    return "\n".join(lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,49 @@
+"""What drafting brings: plain decoding beside every drafter × draft length, and transformers.
+
+    draftnorm benchmark speculate --draft draft,ngram --draft-length auto,2,4
+    draftnorm benchmark speculate --target DIR --draft ngram -n 128 -r 5
+
+The engines, the clock and the prompts are those of `draftnorm benchmark decode` (greedy; the tokens
+must be those of plain decoding). transformers runs greedily and with prompt lookup.
+"""
+
+if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from draftnorm.scripts.main import main
+
+    sys.exit(main(["benchmark", "speculate", *sys.argv[1:]]))
+
+import argparse
+
+from draftnorm.scripts import options
+from draftnorm.scripts.benchmark_decode import add_engine_arguments, run_engines
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_arguments(parser)
+    parser.add_argument(
+        "--draft",
+        type=_words,
+        metavar="D,D",
+        help="drafters (default: ngram, and the embedded draft for the embedded target)",
+    )
+    parser.add_argument(
+        "--draft-length",
+        type=lambda text: [options.draft_length(word) for word in _words(text)],
+        default=["auto"],
+        metavar="N|auto,…",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, and print one table or document."""
+    return run_engines(
+        args, drafts=args.draft or (["ngram"] if args.target else ["draft", "ngram"])
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
