@@ -152,7 +152,7 @@ def show(
     if args.plot:
         report.figure_class()
     document = measure_all()
-    report.print_benchmark(document, args.output, headline=headline, markdown=markdown)
+    report.print_benchmark(document, args.output, markdown)
     if args.plot:
         draw(document, args.plot)
 
@@ -347,51 +347,44 @@ class _AnonymousMemory:
         return int(lines[0].split()[1]) * 1024
 
 
-def headline(document: dict[str, Any]) -> str:
-    """Hardware and versions, on one line."""
-    hardware = document["hardware"]
-    packages = ("draftnorm", "torch", "triton", "transformers")
-    versions = [f"{name} {document[name]}" for name in packages if document[name]]
-    parts = [hardware["name"], f"{hardware['device']}, {hardware['threads']} threads", *versions]
-    return " · ".join([*parts, document["date"][:10]])
-
-
 def markdown(document: dict[str, Any]) -> str:
     """A table that can be pasted."""
+    from draftnorm.scripts.report import number, table
+
     target, load = document["target"], document["load"]
-    lines = [
-        headline(document),
-        "",
-        f"{target['name']}, {target['parameters'] / 1e6:,.1f} M parameters, {target['dtype']}: "
-        f"{load['bytes'] / 1e6:,.0f} MB loaded in {load['seconds']:.2f} s "
-        f"({load['bytes_per_second'] / 1e9:.2f} GB/s), {load['extra_host_bytes'] / 1e6:,.0f} MB of "
-        f"host memory beyond the model's own. Greedy, median of {document['repeats']}.",
-        "",
-        "| prompt | new | engine | tokens/s | spread | first token | × plain | × transformers "
-        "| tokens a cycle | accepted | tokens as plain |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in document["results"]:
-        cells = [
-            str(row["prompt_tokens"]),
-            str(row["new_tokens"]),
+    head = "prompt, new, engine, tokens/s, spread, first token, × plain, × transformers"
+    rows = [
+        [
+            row["prompt_tokens"],
+            row["new_tokens"],
             row["engine"],
-            _cell(row["tokens_per_second"], 1),
-            f"{_cell(row['slowest'], 1)} – {_cell(row['fastest'], 1)}",
+            number(row["tokens_per_second"], ",.1f"),
+            f"{number(row['slowest'], ',.1f')} – {number(row['fastest'], ',.1f')}",
             f"{row['first_token_seconds']:.3f} s",
-            _cell(row["times_plain"], 2),
-            _cell(row["times_transformers"], 2),
-            _cell(row["tokens_per_cycle"], 2),
-            _cell(row["acceptance_rate"], 2),
+            number(row["times_plain"], ".2f"),
+            number(row["times_transformers"], ".2f"),
+            number(row["tokens_per_cycle"], ".2f"),
+            number(row["acceptance_rate"], ".2f"),
             "yes" if row["same_tokens_as_plain"] else "no",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for row in document["results"]
+    ]
+    return "\n".join(
+        [
+            f"{target['name']}, {target['parameters'] / 1e6:,.1f} M parameters, {target['dtype']}: "
+            f"{load['bytes'] / 1e6:,.0f} MB loaded in {load['seconds']:.2f} s "
+            f"({load['bytes_per_second'] / 1e9:.2f} GB/s), {load['extra_host_bytes'] / 1e6:,.0f} "
+            "MB of host memory beyond the model's own. Greedy, median of "
+            f"{document['repeats']}.",
+            "",
+            *table([*head.split(", "), "tokens a cycle", "accepted", "tokens as plain"], rows),
+        ]
+    )
 
 
 def draw(document: dict[str, Any], file: Path) -> None:
     """One bar a result, with its spread."""
-    from draftnorm.scripts.report import figure_class
+    from draftnorm.scripts.report import figure_class, headline
 
     rows = [row for row in document["results"] if row["tokens_per_second"]]
     figure = figure_class()(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
@@ -408,7 +401,3 @@ def draw(document: dict[str, Any], file: Path) -> None:
     axes.set_xlabel("tokens/s after the first")
     axes.set_title(headline(document), fontsize="small")
     figure.savefig(file, dpi=150)
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

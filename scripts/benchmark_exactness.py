@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from draftnorm.scripts import report
-    from draftnorm.scripts.benchmark_decode import headline
 
     model, draft, tokens_T = _subject(args)
     results = []
@@ -74,11 +73,10 @@ def run(args: argparse.Namespace) -> int:
         token_level(model, draft, tokens_T.tolist(), args.draft_length, args.new_tokens),
     ):
         results.append(row)
-        print(_line(row), file=sys.stderr, flush=True)
+        print(" · ".join(_cells(row)), file=sys.stderr, flush=True)
     document = {
         "schema": SCHEMA,
         **report.describe_environment(model.device),
-        "transformers": None,
         "command": args.command_line,
         "model": args.shape or args.target or "target",
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -87,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # a kernel's fault would show here, not after the verdict
-    report.print_benchmark(document, args.output, headline=headline, markdown=markdown)
+    report.print_benchmark(document, args.output, markdown)
     if not document["equal"]:
         print("draftnorm: bits differ, see the table", file=sys.stderr)
     return 0 if document["equal"] else 1
@@ -286,25 +284,18 @@ def token_level(
 
 def markdown(document: dict[str, Any]) -> str:
     """A table that can be pasted."""
-    from draftnorm.scripts.benchmark_decode import headline
+    from draftnorm.scripts.report import table
 
     verdict = "every bit is equal" if document["equal"] else "**BITS DIFFER**"
-    return "\n".join(
-        [
-            headline(document),
-            "",
-            f"{document['model']}, {document['dtype']}: {verdict}.",
-            "",
-            "| level | what | of | compared | equal |",
-            "|---|---|---|---|---|",
-            *(_line(row) for row in document["results"]),
-        ]
-    )
+    rows = map(_cells, document["results"])
+    head = ["level", "what", "of", "compared", "equal"]
+    title = f"{document['model']}, {document['dtype']}: {verdict}."
+    return "\n".join([title, "", *table(head, rows)])
 
 
-def _line(row: dict[str, Any]) -> str:
+def _cells(row: dict[str, Any]) -> list[str]:
     equal = f"{row['equal']:,}" if row["equal"] == row["compared"] else f"**{row['equal']:,}**"
-    return f"| {row['level']} | {row['what']} | {row['of']} | {row['compared']:,} | {equal} |"
+    return [row["level"], row["what"], row["of"], f"{row['compared']:,}", equal]
 
 
 def _row(level: str, what: str, of: str, compared: int, equal: int) -> dict[str, Any]:

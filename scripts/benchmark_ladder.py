@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure every rung of every shape, and print a table or one document."""
     from draftnorm.scripts import report
-    from draftnorm.scripts.benchmark_decode import headline
     from draftnorm.scripts.benchmark_shape import random_model
 
     results = []
@@ -58,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
     document = {
         "schema": SCHEMA,
         **report.describe_environment(device),
-        "transformers": None,
         "command": args.command_line,
         "dtype": str(dtype).removeprefix("torch."),
         "prompt_tokens": args.prompt_tokens,
@@ -66,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         "repeats": args.repeats,
         "results": results,
     }
-    report.print_benchmark(document, args.output, headline=headline, markdown=markdown)
+    report.print_benchmark(document, args.output, markdown)
     return 0
 
 
@@ -114,29 +112,33 @@ def climb(model: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def markdown(document: dict[str, Any]) -> str:
     """A table that can be pasted."""
-    from draftnorm.scripts.benchmark_decode import headline
+    from draftnorm.scripts.report import number, table
 
-    lines = [
-        headline(document),
-        "",
-        f"{document['dtype']}, {document['prompt_tokens']} + {document['new_tokens']} tokens, "
-        f"median of {document['repeats']}.",
-        "",
-        "| shape | rung | step, µs | saved, µs | tokens/s | spread | bits |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    before = None
+    rows, before = [], None
     for row in document["results"]:
-        saved = "–"
-        if before and before["shape"] == row["shape"]:
-            saved = f"{1e6 * (before['step_seconds'] - row['step_seconds']):.1f}"
-        lines.append(
-            f"| {row['shape']} | {row['rung']} | {1e6 * row['step_seconds']:.1f} | {saved} | "
-            f"{row['tokens_per_second']:,.1f} | {row['slowest']:,.1f} – {row['fastest']:,.1f} | "
-            f"{'equal' if row['equal_bits'] else 'OTHER'} |"
+        above = before if before and before["shape"] == row["shape"] else None
+        saved = above and 1e6 * (above["step_seconds"] - row["step_seconds"])
+        rows.append(
+            [
+                row["shape"],
+                row["rung"],
+                f"{1e6 * row['step_seconds']:.1f}",
+                number(saved, ".1f"),
+                f"{row['tokens_per_second']:,.1f}",
+                f"{row['slowest']:,.1f} – {row['fastest']:,.1f}",
+                "equal" if row["equal_bits"] else "OTHER",
+            ]
         )
         before = row
-    return "\n".join(lines)
+    head = ["shape", "rung", "step, µs", "saved, µs", "tokens/s", "spread", "bits"]
+    return "\n".join(
+        [
+            f"{document['dtype']}, {document['prompt_tokens']} + {document['new_tokens']} tokens, "
+            f"median of {document['repeats']}.",
+            "",
+            *table(head, rows),
+        ]
+    )
 
 
 def _names(text: str) -> list[str]:

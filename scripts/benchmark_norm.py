@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size,
         "results": results,
     }
-    report.print_benchmark(document, args.output, headline=headline, markdown=markdown)
+    report.print_benchmark(document, args.output, markdown)
     if args.plot:
         draw(document, args.plot)
     return 0
@@ -233,57 +233,47 @@ def _spread(name: str, seconds: list[float]) -> dict[str, float]:
     return {f"{name}_seconds": middle, f"{name}_low": low, f"{name}_high": high}
 
 
-def headline(document: dict[str, Any]) -> str:
-    """Hardware and versions, on one line."""
-    packages = ("draftnorm", "torch", "triton", "liger-kernel")
-    versions = [f"{name} {document[name]}" for name in packages if document[name]]
-    return " · ".join([document["hardware"]["name"], *versions, document["date"][:10]])
-
-
 def markdown(document: dict[str, Any]) -> str:
     """Two tables that can be pasted: device time, then wall time where the host sets it."""
+    from draftnorm.scripts.report import table
+
     cells = {(r["rows"], r["hidden"], r["engine"]): r for r in document["results"]}
-    shapes = list(dict.fromkeys((r["rows"], r["hidden"]) for r in document["results"]))
-    shapes.sort()
+    shapes = sorted({(r["rows"], r["hidden"]) for r in document["results"]})
     names = [name for name in ENGINES if any(name == engine for *_, engine in cells)]
     bandwidth = document["copy_bytes_per_second"]
-    lines = [
-        headline(document),
-        "",
-        f"RMSNorm, {document['dtype']}, device µs a call (median of {document['repeats']} graph "
-        f"replays). Copy limit: {bandwidth / 1e12:.2f} TB/s, measured in this run.",
-        "",
-        f"| rows × hidden | copy limit | {' | '.join(names)} | inference GB/s | × limit |",
-        f"|---|{'---|' * (len(names) + 3)}",
-    ]
+    device, wall = [], []
     for shape in shapes:
         rows = [cells[*shape, name] for name in names]
         ours = cells.get((*shape, "inference"), rows[0])
         bound = ours["times_copy_limit"] < 10  # by bandwidth: a launch of one row is all latency
-        row = [
-            f"{shape[0]:,} × {shape[1]:,}",
-            f"{ours['bytes'] / bandwidth * 1e6:.2f}" if bound else "–",
-            *(f"{r['device_seconds'] * 1e6:.2f}" for r in rows),
-            f"{ours['gigabytes_per_second']:,.0f}",
-            f"{ours['times_copy_limit']:.3f}" if bound else "–",
+        title = f"{shape[0]:,} × {shape[1]:,}"
+        wall.append([title, *(f"{r['wall_seconds'] * 1e6:.1f}" for r in rows)])
+        device.append(
+            [
+                title,
+                f"{ours['bytes'] / bandwidth * 1e6:.2f}" if bound else "–",
+                *(f"{r['device_seconds'] * 1e6:.2f}" for r in rows),
+                f"{ours['gigabytes_per_second']:,.0f}",
+                f"{ours['times_copy_limit']:.3f}" if bound else "–",
+            ]
+        )
+    return "\n".join(
+        [
+            f"RMSNorm, {document['dtype']}, device µs a call (median of {document['repeats']} "
+            f"graph replays). Copy limit: {bandwidth / 1e12:.2f} TB/s, measured in this run.",
+            "",
+            *table(["rows × hidden", "copy limit", *names, "inference GB/s", "× limit"], device),
+            "",
+            "Eager wall µs a call, host included.",
+            "",
+            *table(["rows × hidden", *names], wall),
         ]
-        lines.append(f"| {' | '.join(row)} |")
-    lines += [
-        "",
-        "Eager wall µs a call, host included.",
-        "",
-        f"| rows × hidden | {' | '.join(names)} |",
-        f"|---|{'---|' * len(names)}",
-    ]
-    for shape in shapes:
-        walls = (f"{cells[*shape, name]['wall_seconds'] * 1e6:.1f}" for name in names)
-        lines.append(f"| {shape[0]:,} × {shape[1]:,} | {' | '.join(walls)} |")
-    return "\n".join(lines)
+    )
 
 
 def draw(document: dict[str, Any], file: Path) -> None:
     """A panel for each number of rows: device µs over the hidden size, one line an engine."""
-    from draftnorm.scripts.report import figure_class
+    from draftnorm.scripts.report import figure_class, headline
 
     counts = sorted({row["rows"] for row in document["results"]})
     figure = figure_class()(figsize=(5 * len(counts), 4), layout="constrained")

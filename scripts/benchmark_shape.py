@@ -8,6 +8,11 @@ different tokens, stand the experts they touch and the bytes of those experts.
 
 transformers has a static cache and torch.compile ("reduce-overhead", whole graph), and a bare loop
 around them: no generate(), no synchronisation before the end.
+
+The JSON document: what was run and where; the rates measured in this run; `results`, a row for each
+engine and length; `prefill`; `steps`, a row for each context and M; `kernels`, a row for each
+context and kind, with seconds and bytes of all its calls in a step of one row; `notes`, what was
+not measured and why. Seconds and bytes throughout; shares are of 1.
 """
 
 import argparse
@@ -29,7 +34,6 @@ from draftnorm.model.config import ModelConfig
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import options, report, timing
-from draftnorm.scripts.benchmark_decode import headline
 from draftnorm.scripts.shapes import SHAPES
 from draftnorm.scripts.step_times import bytes_of_a_step, measure_steps, progress
 
@@ -272,80 +276,96 @@ def _result(
 
 def markdown(document: dict[str, Any]) -> str:
     """Tables that can be pasted."""
-    memory = document["extra_memory_bytes"]
+    number, table = report.number, report.table
     limit = document["limit_tokens_per_second"]
     lines = [
-        headline(document),
-        "",
         f"{document['shape']}, {document['parameters'] / 1e6:,.1f} M parameters, "
         f"{document['dtype']}. A step reads {document['step_bytes'] / 1e6:,.1f} MB: at most "
         f"{limit:,.0f} tokens/s at {document['read_bytes_per_second'] / 1e12:.2f} TB/s. Compiling "
         f"(Triton cache {document['triton_cache']}) and capturing took "
         f"{document['compile_and_capture_seconds']:.1f} s, capturing again "
         f"{document['capture_seconds']:.1f} s; memory beyond weights and cache: "
-        f"{_number(memory and memory / 1e6, 0)} MB.",
+        f"{_megabytes(document['extra_memory_bytes'])} MB.",
         "",
-        "| prompt | new | engine | tokens/s | spread | of the limit | first token | warm-up |",
-        "|---|---|---|---|---|---|---|---|",
-        *(
-            f"| {row['prompt_tokens']} | {row['new_tokens']} | {row['engine']} | "
-            f"{row['tokens_per_second']:,.1f} | {row['slowest']:,.1f} – {row['fastest']:,.1f} | "
-            f"{row['limit_share']:.1%} | {1e3 * row['first_token_seconds']:.1f} ms | "
-            f"{row['warm_up_seconds']:.1f} s |"
-            for row in document["results"]
+        *table(
+            "prompt|new|engine|tokens/s|spread|of the limit|first token|warm-up".split("|"),
+            [
+                [
+                    row["prompt_tokens"],
+                    row["new_tokens"],
+                    row["engine"],
+                    f"{row['tokens_per_second']:,.1f}",
+                    f"{row['slowest']:,.1f} – {row['fastest']:,.1f}",
+                    f"{row['limit_share']:.1%}",
+                    f"{1e3 * row['first_token_seconds']:.1f} ms",
+                    f"{row['warm_up_seconds']:.1f} s",
+                ]
+                for row in document["results"]
+            ],
         ),
         *(f"\n{note}" for note in document["notes"]),
         "",
-        f"| prefill | ms | tokens/s | of {document['product_flops_per_second'] / 1e12:.0f} TFLOP/s "
-        "in products | MB beyond weights and cache |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row['prompt_tokens']:,} | {1e3 * row['seconds']:.2f} | "
-            f"{row['tokens_per_second']:,.0f} | {row['product_share']:.1%} | "
-            f"{_number(row['extra_memory_bytes'] and row['extra_memory_bytes'] / 1e6, 0)} |"
-            for row in document["prefill"]
+        f"Products reach {document['product_flops_per_second'] / 1e12:.0f} TFLOP/s.",
+        "",
+        *table(
+            "prefill|ms|tokens/s|of the products' rate|MB beyond weights and cache".split("|"),
+            [
+                [
+                    f"{row['prompt_tokens']:,}",
+                    f"{1e3 * row['seconds']:.2f}",
+                    f"{row['tokens_per_second']:,.0f}",
+                    f"{row['product_share']:.1%}",
+                    _megabytes(row["extra_memory_bytes"]),
+                ]
+                for row in document["prefill"]
+            ],
         ),
         "",
-        "| context | rows | step, µs | × one row | experts a layer | × bytes of one row |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {row['context']:,} | {row['rows']} | {1e6 * row['seconds']:.1f} | "
-            f"{row['times_one_row']:.3f} | {_number(row['experts_touched'], 2)} | "
-            f"{row['times_bytes']:.3f} |"
-            for row in document["steps"]
+        *table(
+            "context|rows|step, µs|× one row|experts a layer|× bytes of one row".split("|"),
+            [
+                [
+                    f"{row['context']:,}",
+                    row["rows"],
+                    f"{1e6 * row['seconds']:.1f}",
+                    f"{row['times_one_row']:.3f}",
+                    number(row["experts_touched"], ".2f"),
+                    f"{row['times_bytes']:.3f}",
+                ]
+                for row in document["steps"]
+            ],
         ),
     ]
     for context in dict.fromkeys(row["context"] for row in document["kernels"]):
         rows = [row for row in document["kernels"] if row["context"] == context]
-        (step,) = (
-            row["seconds"]
-            for row in document["steps"]
-            if row["context"] == context and row["rows"] == 1
-        )
+        step = next(row["seconds"] for row in document["steps"] if row["context"] == context)
         total = sum(row["seconds"] for row in rows)
         limits = sum(row["limit_seconds"] or 0.0 for row in rows)
-        lines += [
-            "",
-            f"| kernels at {context:,} | calls | µs a call | MB a call | limit, µs | of bandwidth "
-            "| µs a step | of a step |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        cells = []
         for row in rows:
             calls, floor = row["calls"], row["limit_seconds"]
-            share = floor / row["seconds"] if floor and row["seconds"] else None
-            lines.append(
-                f"| {row['kind']} | {calls} | {1e6 * row['seconds'] / calls:.2f} | "
-                f"{row['bytes'] / calls / 1e6:.2f} | {_number(floor and 1e6 * floor / calls, 2)} | "
-                f"{'–' if share is None else f'{share:.0%}'} | {1e6 * row['seconds']:.1f} | "
-                f"{row['share']:.1%} |"
+            cells.append(
+                [
+                    row["kind"],
+                    calls,
+                    f"{1e6 * row['seconds'] / calls:.2f}",
+                    f"{row['bytes'] / calls / 1e6:.2f}",
+                    number(floor and 1e6 * floor / calls, ".2f"),
+                    number(floor and row["seconds"] and floor / row["seconds"], ".0%"),
+                    f"{1e6 * row['seconds']:.1f}",
+                    f"{row['share']:.1%}",
+                ]
             )
-        lines += [
-            f"| all, one after another | | | | {1e6 * limits:.1f} | | {1e6 * total:.1f} | "
-            f"{total / step:.1%} |",
-            f"| the step, overlapped | | | | | {limits / step:.0%} | {1e6 * step:.1f} | 100.0% |",
-        ]
+        ends = [("all, one after another", total), ("the step, overlapped", step)]
+        cells += [
+            [name, "", "", "", f"{1e6 * limits:.1f} a step", f"{limits / seconds:.0%}",
+             f"{1e6 * seconds:.1f}", f"{seconds / step:.1%}"]
+            for name, seconds in ends
+        ]  # fmt: skip
+        head = f"kernels at {context:,}|calls|µs a call|MB a call|limit, µs|of bandwidth"
+        lines += ["", *table([*head.split("|"), "µs a step", "of a step"], cells)]
     return "\n".join(lines)
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _megabytes(size: int | None) -> str:
+    return report.number(size and size / 1e6, ",.0f")

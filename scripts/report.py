@@ -11,7 +11,7 @@ import os
 import platform
 import resource
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -163,17 +163,36 @@ def dump(document: dict[str, Any]) -> str:
 
 
 def print_benchmark(
-    document: dict[str, Any],
-    output: str,
-    *,
-    headline: Callable[[dict[str, Any]], str],
-    markdown: Callable[[dict[str, Any]], str],
+    document: dict[str, Any], output: str, markdown: Callable[[dict[str, Any]], str]
 ) -> None:
     """Print a benchmark's document as "md", "csv" (its results alone) or "json"."""
-    if output == "csv":
-        print(comma_separated(headline(document), document["results"]))
+    if output == "md":
+        print(f"{headline(document)}\n\n{markdown(document)}")
     else:
-        print({"md": markdown, "json": dump}[output](document))
+        print({"csv": comma_separated, "json": dump}[output](document))
+
+
+def headline(document: dict[str, Any]) -> str:
+    """Hardware and versions, on one line."""
+    hardware = document["hardware"]
+    parts = [hardware["name"]]
+    if hardware.get("device") == "cpu":
+        parts.append(f"{hardware['threads']} threads")
+    for name in ("draftnorm", "torch", "triton", "transformers", "liger-kernel"):
+        if document.get(name):
+            parts.append(f"{name} {document[name]}")
+    return " · ".join([*parts, document["date"][:10]])
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Lines of a markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(map(str, cells))} |" for cells in lines]
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in that format, or a dash for what was not measured."""
+    return "–" if value is None else format(value, form)
 
 
 def figure_class() -> type:
@@ -185,10 +204,10 @@ def figure_class() -> type:
     return Figure
 
 
-def comma_separated(headline: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of equal keys as CSV, under a comment line."""
-    out = io.StringIO()
-    out.write(f"# {headline}\n")
+def comma_separated(document: dict[str, Any]) -> str:
+    """The document's results, rows of equal keys, as CSV under a comment line."""
+    out, rows = io.StringIO(), document["results"]
+    out.write(f"# {headline(document)}\n")
     writer = csv.DictWriter(out, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
