@@ -4,7 +4,8 @@ Random weights, one sequence, greedy, bf16. *tokens/s* is plain decoding after t
 the host's clock. *First token* is the prefill and the choice after it. The *limit* is the time that
 the weights a step reads take at the read bandwidth measured in this run; a *kernel's* limit counts
 its weights, or keys and values, alone. A *step* is a replayed graph; beside the time of M rows, all
-different tokens, stand the experts they touch and the bytes of those experts.
+different tokens, stand the experts they touch and the bytes that means; kernels are timed as chains
+of their kind, as step_times.py says, so that they sum to more than a step.
 
 transformers has a static cache and torch.compile ("reduce-overhead", whole graph), and a bare loop
 around them: no generate(), no synchronisation before the end.

@@ -90,7 +90,7 @@ def measure_steps(
         step.forward(torch.ones(1, 1, dtype=torch.long, device=model.device))
         for row in kernel_rows(step, bandwidth, repeats):
             kernels.append({"context": context} | row | {"share": row["seconds"] / one["seconds"]})
-        progress(f"kernels at {context}")
+            progress(f"  {row['kind']} × {row['calls']}: {1e6 * row['seconds']:,.1f} µs")
     return {"steps": steps, "kernels": kernels}
 
 
