@@ -24,10 +24,10 @@ class FixedDraftLength:
             raise ValueError(
                 f"draft_length must be 1 … {MAX_DRAFT_LENGTH} or 'auto', not {length!r}"
             )
-        self._length = length
+        self.most = length
 
     def next(self) -> int:
-        return self._length
+        return self.most
 
     def observe(self, cycle: Cycle) -> None:
         pass
@@ -36,6 +36,7 @@ class FixedDraftLength:
 class AutoDraftLength:
     """Call `next` for the length of a cycle and `observe` with what came of it."""
 
+    most = MAX_DRAFT_LENGTH
     HYSTERESIS = 1.03  # a change of length must promise this much, so that noise changes nothing
     PROBE_SHARE = 0.02  # time that probes may cost; the promise is to lose at most 3 %
     PROBE_WAIT = 16, 256  # cycles between probes, at least and at most

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from draftnorm.decoding.noise import DRAFT, EXACT
-from draftnorm.decoding.sampling import Sampler, warp
+from draftnorm.decoding.sampling import Sampler, checked, warp
+from draftnorm.kernels.compilation import Progress
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
+from draftnorm.model.decode_step import DecodeStep, open_step
 from draftnorm.model.tokenizer import Tokenizer
 from draftnorm.model.transformer import Transformer
 
@@ -111,12 +113,23 @@ class ModelDrafter:
         stream: int = EXACT,
         vocabulary: int,
         capacity: int,
+        prompt_length: int = 1,
+        progress: Progress | None = None,
     ) -> None:
         self._model, self._sampler, self._stream = model, sampler, stream
-        self._vocabulary = vocabulary
         self._context = min(model.config.context, capacity)
         self._cache = KVCache(
             model.config, capacity=self._context, device=model.device, dtype=model.dtype
+        )
+        first = (2, 1)  # rows of the first step, and of every other
+        self._engine = open_step(
+            model,
+            self._cache,
+            blocks=() if sampler.greedy else first,
+            greedy_blocks=first if sampler.greedy else (),
+            lengths=range(min(prompt_length, self._context), self._context + 1),
+            vocabulary=vocabulary,
+            progress=progress,
         )
         self._tokens: list[int] = []  # committed
         self._drafts: list[int] = []  # proposed after them, all but the last one in the cache
@@ -147,8 +160,12 @@ class ModelDrafter:
         if length < 1 or self._lost:
             return [], None
         self._cache.rollback(len(self._tokens) - 2)
+        if self._sampler.greedy and isinstance(self._engine, DecodeStep):
+            chosen = self._engine.greedy(rows, length)
+            self._drafts = [checked(d, len(self._tokens) + i) for i, d in enumerate(chosen)]
+            return list(self._drafts), None
         for position in range(len(self._tokens), len(self._tokens) + length):
-            logits_V = self._model.decode([rows], self._cache)[0, -1, : self._vocabulary]
+            logits_V = self._engine.forward([rows])[0, -1]
             if self._stream == DRAFT:
                 warped_V = warp(logits_V, self._sampler.sampling)
                 q_NV.append(warped_V.softmax(-1))

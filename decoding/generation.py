@@ -1,6 +1,6 @@
-"""Plain generation, and what every kind of generation shares: requests, endings, text, results.
+"""Plain generation, and what every kind of generation shares: decoders, text, results.
 
-    Request      the caller's arguments, checked
+    Request      the caller's arguments, checked (request.py)
     decoder      produces blocks of tokens: PlainDecoder here, SpeculativeDecoder in speculation.py
     Transcript   takes blocks, turns them into text, decides where the output ends (transcript.py)
     Generation   drives the one with the other; the iterator that callers hold
@@ -10,19 +10,18 @@ Between steps the last committed token is not in the cache: the step that asks f
 writes it.
 """
 
-import operator
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from draftnorm.decoding.sampling import Sampler, SamplingConfig
+from draftnorm.decoding.request import Request
+from draftnorm.decoding.sampling import checked
 from draftnorm.decoding.statistics import Chunk, Result, SpeculationStatistics
 from draftnorm.decoding.transcript import Transcript
 from draftnorm.model.cache import KVCache
+from draftnorm.model.decode_step import DecodeStep, open_step
 from draftnorm.model.tokenizer import Tokenizer
 from draftnorm.model.transformer import Transformer
 
@@ -38,101 +37,20 @@ def generate(
     return Generation(request, PlainDecoder(model, request))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What to decode and when to end, checked."""
-
-    prompt_ids: tuple[int, ...]
-    tokenizer: Tokenizer | None  # None if only ids are wanted
-    sampler: Sampler
-    max_new_tokens: int
-    stop_ids: frozenset[int]
-    stop: tuple[str, ...]
-    context: int
-    clock: Callable[[], float]
-
-    @classmethod
-    def of(
-        cls,
-        model: Transformer,
-        tokenizer: Tokenizer | None,
-        prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int = 256,
-        sampling: SamplingConfig | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        context: int | None = None,
-        request_id: int = 0,
-        chat: bool = True,
-        system: str | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> "Request":
-        """Check the arguments of `generate` and `speculate`; ValueError, in one line, if they fail.
-
-        `prompt` is text, put through the checkpoint's chat template if it has one and `chat` is
-        true (with `system` before it), or token ids, with which `tokenizer` may be None. Output
-        ends after `max_new_tokens`, at a stop id of the checkpoint unless `ignore_eos`, before a
-        string of `stop`, or where prompt and output fill `context` (the model's own by default).
-        Sampling is greedy by default; `request_id` gives requests with one seed different noise.
-        """
-        if isinstance(prompt, str):
-            prompt = _encode(tokenizer, prompt, chat, system)
-        prompt_ids = tuple(map(operator.index, prompt))
-        most, size = model.config.context, model.config.vocab_size
-        limit = most if context is None else context
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not prompt_ids:
-            raise ValueError("the prompt is empty, and the tokenizer adds no token to begin with")
-        if not all(0 <= token < size for token in prompt_ids):
-            wrong = next(token for token in prompt_ids if not 0 <= token < size)
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {size} ids")
-        if not 1 <= limit <= most:
-            raise ValueError(
-                f"context must be 1 … {most}, what the model was made for, not {limit}"
-            )
-        if len(prompt_ids) > limit:
-            raise ValueError(f"the prompt has {len(prompt_ids)} tokens, the context only {limit}")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
-        if stop and (tokenizer is None or not all(stop)):
-            raise ValueError("stop strings must not be empty, and need a tokenizer")
-        eos = (model.config if tokenizer is None else tokenizer).eos_token_ids
-        return cls(
-            prompt_ids=prompt_ids,
-            tokenizer=tokenizer,
-            sampler=Sampler(sampling or SamplingConfig(), request_id),
-            max_new_tokens=max_new_tokens,
-            stop_ids=frozenset() if ignore_eos else frozenset(eos),
-            stop=stop,
-            context=limit,
-            clock=clock,
-        )
-
-    @property
-    def longest(self) -> int:
-        """Prompt and output together can have this many tokens."""
-        return min(self.context, len(self.prompt_ids) + self.max_new_tokens)
-
-
-def _encode(tokenizer: Tokenizer | None, prompt: str, chat: bool, system: str | None) -> list[int]:
-    if tokenizer is None:
-        raise ValueError("a prompt given as text needs a tokenizer")
-    if chat and tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": prompt}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return tokenizer.encode_chat(messages)
-    if system is not None:
-        raise ValueError("a system prompt needs a chat template, which is missing or turned off")
-    return tokenizer.encode(prompt)
-
-
 class PlainDecoder:
     """Plain decoding: a block is one token. Speculation overrides `step`."""
 
-    def __init__(self, model: Transformer, request: Request, *, slack: int = 0) -> None:
-        """`slack` is cache beyond the user's limit, for drafts that will not all be kept."""
+    def __init__(
+        self,
+        model: Transformer,
+        request: Request,
+        *,
+        blocks: Sequence[int] | None = None,
+        slack: int = 0,
+    ) -> None:
+        """Speculation names the lengths of the `blocks` that it will have decoded at once. `slack`
+        is cache beyond the user's limit, for drafts that will not all be kept.
+        """
         self.model, self.sampler, self.clock = model, request.sampler, request.clock
         self.cache = KVCache(
             model.config,
@@ -140,6 +58,16 @@ class PlainDecoder:
             device=model.device,
             dtype=model.dtype,
         )
+        runs_ahead = blocks is None and self.sampler.greedy
+        self.engine = open_step(
+            model,
+            self.cache,
+            blocks=() if runs_ahead else blocks or (1,),
+            greedy_blocks=(1,) if runs_ahead else (),
+            lengths=range(len(request.prompt_ids), request.longest + slack + 1),
+            progress=request.progress,
+        )
+        self._ahead: Iterator[int] | None = None  # greedy tokens that the device chose meanwhile
         self.prefill_seconds: dict[str, float | None] = {"target": None, "draft": None}
 
     def prefill(self, tokens: Sequence[int]) -> list[int]:
@@ -152,8 +80,12 @@ class PlainDecoder:
 
     def step(self, tokens: list[int], room: int) -> list[int]:
         """The next block after the committed tokens, `room` tokens at most."""
-        logits_V = self.model.decode([tokens[-1:]], self.cache)[0, -1]
-        return [self.sampler.sample(logits_V, position=len(tokens))]
+        if self.sampler.greedy and isinstance(self.engine, DecodeStep):
+            if self._ahead is None:
+                self._ahead = self.engine.greedy(tokens[-1:], room)
+            return [checked(next(self._ahead), position=len(tokens))]
+        logits_TV = self.engine.forward([tokens[-1:]])[0]
+        return list(self.sampler.choose(logits_TV, len(tokens), self.engine.chosen))
 
     def statistics(self, committed: int) -> SpeculationStatistics | None:
         return None

@@ -6,6 +6,7 @@ alone. Ties go to the lowest id, everywhere.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,21 @@ class Sampler:
     def greedy(self) -> bool:
         return self.sampling.temperature == 0
 
+    def choose(
+        self, logits_TV: Tensor, position: int, chosen_T: Tensor | None = None
+    ) -> Iterator[int]:
+        """The token after each row, the first one for `position`, as far as they are asked for.
+
+        `chosen_T` is the argmax of every row (and more) if the device has found it, as
+        DecodeStep does: greedy choices then wait for one copy, not for one a row.
+        """
+        if self.greedy and chosen_T is not None:
+            for row, token in enumerate(chosen_T[: len(logits_TV)].tolist()):
+                yield checked(token, position + row)
+        else:
+            for row, logits_V in enumerate(logits_TV):
+                yield self.sample(logits_V, position + row)
+
     def sample(self, logits_V: Tensor, position: int, stream: int = EXACT) -> int:
         """The token for `position` under this row of logits."""
         if self.greedy:
@@ -100,11 +116,16 @@ def warp(logits_V: Tensor, sampling: SamplingConfig) -> Tensor:
     return scores_V
 
 
+def checked(token: int, position: int) -> int:
+    """A token that a device chose; ValueError if it found none, as no logit was a number."""
+    if token < 0:
+        raise ValueError(f"the model's logits at position {position} hold NaN: broken weights?")
+    return token
+
+
 def _argmax(scores_V: Tensor, position: int) -> int:
     """The lowest id of the largest score. argmax takes NaN for the largest: one look finds any."""
     if len(scores_V) == 0:
         raise ValueError(f"no token has a finite logit at position {position}")
     winner = int(scores_V.argmax())
-    if math.isnan(scores_V[winner]):
-        raise ValueError(f"the model's logits at position {position} hold NaN: broken weights?")
-    return winner
+    return checked(-1 if math.isnan(scores_V[winner]) else winner, position)

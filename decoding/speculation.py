@@ -25,10 +25,11 @@ from torch import Tensor
 
 from draftnorm.decoding.draft_length import MAX_DRAFT_LENGTH, AutoDraftLength, FixedDraftLength
 from draftnorm.decoding.drafters import Drafter, ModelDrafter, NgramDrafter, check_vocabularies
-from draftnorm.decoding.generation import Generation, PlainDecoder, Request
+from draftnorm.decoding.generation import Generation, PlainDecoder
 from draftnorm.decoding.noise import DRAFT, EXACT
+from draftnorm.decoding.request import Request
 from draftnorm.decoding.statistics import Cycle, SpeculationStatistics
-from draftnorm.decoding.verification import VERIFIERS
+from draftnorm.decoding.verification import ACCEPTANCE, verify_exact, verify_rejection
 from draftnorm.model.tokenizer import Tokenizer
 from draftnorm.model.transformer import Transformer
 
@@ -57,8 +58,8 @@ def speculate(
     temperature. A model's vocabulary is compared by its tokenizer if that is given. Prompt and
     options are those of `Request.of`, ValueErrors included.
     """
-    if acceptance not in VERIFIERS:
-        raise ValueError(f"acceptance must be one of {', '.join(VERIFIERS)}, not {acceptance!r}")
+    if acceptance not in ACCEPTANCE:
+        raise ValueError(f"acceptance must be one of {', '.join(ACCEPTANCE)}, not {acceptance!r}")
     length = AutoDraftLength() if draft_length == "auto" else FixedDraftLength(draft_length)
     request = Request.of(model, tokenizer, prompt, **options)
     if request.sampler.greedy:
@@ -73,6 +74,8 @@ def speculate(
             stream=EXACT if acceptance == "exact" else DRAFT,
             vocabulary=check_vocabularies(tokenizer, draft_tokenizer, model.config, draft.config),
             capacity=request.longest + MAX_DRAFT_LENGTH,
+            prompt_length=len(request.prompt_ids),
+            progress=request.progress,
         )
     elif not hasattr(draft, "propose"):
         raise ValueError(f"draft must be 'ngram', a model or a drafter, not {draft!r}")
@@ -92,8 +95,9 @@ class SpeculativeDecoder(PlainDecoder):
         length: FixedDraftLength | AutoDraftLength,
         acceptance: str,
     ) -> None:
-        super().__init__(model, request, slack=MAX_DRAFT_LENGTH)
-        self._drafter, self._length, self._verify = drafter, length, VERIFIERS[acceptance]
+        blocks = range(1, length.most + 2)  # the last committed token and up to so many drafts
+        super().__init__(model, request, blocks=blocks, slack=MAX_DRAFT_LENGTH)
+        self._drafter, self._length, self._acceptance = drafter, length, acceptance
         self._told = 0  # committed tokens that the drafter knows of
         self._cycles: list[Cycle] = []
         self._looks_up = isinstance(drafter, NgramDrafter)
@@ -120,8 +124,12 @@ class SpeculativeDecoder(PlainDecoder):
             drafts, q_NV = self._propose(length)
         drafted = self.clock()
 
-        logits_TV = self.model.decode([[tokens[-1], *drafts]], self.cache)[0]
-        block = self._verify(logits_TV, drafts, q_NV, self.sampler, position=len(tokens))
+        logits_TV = self.engine.forward([[tokens[-1], *drafts]])[0]
+        if self._acceptance == "exact":
+            choices = self.sampler.choose(logits_TV, len(tokens), self.engine.chosen)
+            block = verify_exact(choices, drafts)
+        else:
+            block = verify_rejection(logits_TV, drafts, q_NV, self.sampler, len(tokens))
         self.cache.rollback(len(tokens) + len(block) - 1)
 
         self._record(

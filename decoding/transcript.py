@@ -13,7 +13,7 @@ from draftnorm.decoding.statistics import Chunk
 from draftnorm.model.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
-    from draftnorm.decoding.generation import Request
+    from draftnorm.decoding.request import Request
 
 
 class Transcript:

@@ -6,7 +6,7 @@ Both rules return a block: the accepted drafts, then one token of the target's, 
 n tokens accepted n − 1 drafts and a cycle always makes progress.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,19 +18,20 @@ from draftnorm.decoding.sampling import Sampler, warp
 from draftnorm.model.cache import KVCache
 from draftnorm.model.transformer import Transformer
 
+ACCEPTANCE = ("exact", "rejection")
 
-def verify_exact(
-    logits_TV: Tensor, drafts: Sequence[int], q_NV: Tensor | None, sampler: Sampler, position: int
-) -> list[int]:
+
+def verify_exact(choices_T: Iterable[int], drafts: Sequence[int]) -> list[int]:
     """Emit the target's own choices, and go on for as long as a draft foresaw them.
 
     What comes out is what plain decoding would have chosen, token for token: drafts decide how many
-    come at once, never which. Greedy is the special case without noise. `q_NV` is not needed.
+    come at once, never which. Greedy is the special case without noise. No choice is taken from
+    `choices_T`, one a row, that is not emitted.
     """
     block = []
-    for row, draft in enumerate([*drafts, None]):
-        block.append(sampler.sample(logits_TV[row], position + row))
-        if block[-1] != draft:
+    for draft, token in zip([*drafts, None], choices_T, strict=False):
+        block.append(token)
+        if token != draft:
             break
     return block
 
@@ -71,9 +72,6 @@ def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
     """(p − q)₊, unnormalised. Where p = q nothing is left, and rounding alone led here: then p."""
     left_V = (p_V - q_V).clamp_min(0)
     return left_V if left_V.any() else p_V
-
-
-VERIFIERS = {"exact": verify_exact, "rejection": verify_rejection}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ Legend: B sequences, T new tokens of each, M = B·T rows, D hidden, V vocabulary
 each row stands: position and cache slot, from device-side lengths. `choose` finishes the argmax
 that the head's projection began tile by tile; ties go to the lowest id. In a plain greedy step it
 also moves on by itself: the token becomes the next input, the length grows, and the token is
-written to a ring in pinned host memory, which the host reads late and never waits for.
+written to a ring in pinned host memory, which the host reads late and never waits for. A row whose
+logits are all NaN or -inf has no best token, and gets NO_TOKEN.
 """
 
 import torch
@@ -17,7 +18,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from draftnorm.kernels.decode_norm import SQUARES, square_sums
 
+NO_TOKEN = -2  # -1 marks a place of the ring that was not written yet
 _SQUARES: tl.constexpr = tl.constexpr(SQUARES)
+_NO_TOKEN: tl.constexpr = tl.constexpr(NO_TOKEN)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -43,9 +46,9 @@ def _embed_kernel(
     tl.store(place, tl.reshape(sums, [BLOCK_D // _SQUARES]), mask=block < BLOCKS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _choose_kernel(
-    chosen_ptr, best_ptr, best_id_ptr, token_ptr, length_ptr, ring_ptr,
+    chosen_ptr, best_ptr, best_id_ptr, token_ptr, length_ptr, ring_ptr, T,
     C: tl.constexpr, BLOCK_C: tl.constexpr, V: tl.constexpr, RING: tl.constexpr,
     ADVANCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -58,12 +61,15 @@ def _choose_kernel(
     id_C = tl.load(best_id_ptr + row * C + tile, mask=tile < C, other=V - 1)
     best = tl.max(best_C, axis=0)
     token = tl.min(tl.where(best_C == best, id_C, V - 1), axis=0)
+    token = tl.where(best > float("-inf"), token, _NO_TOKEN)
     tl.store(chosen_ptr + row, token)
-    if ADVANCE:
-        length = tl.load(length_ptr + row) + 1
-        tl.store(length_ptr + row, length)
-        tl.store(token_ptr + row, token)
-        tl.store(ring_ptr + row * RING + length % RING, token)
+    if ADVANCE:  # noqa: SIM102 - the first is known when compiling, the second is not
+        if row % T == T - 1:
+            b = row // T
+            length = tl.load(length_ptr + b) + T
+            tl.store(length_ptr + b, length)
+            tl.store(token_ptr + b, tl.maximum(token, 0))  # a step in flight reads some embedding
+            tl.store(ring_ptr + b * RING + length % RING, token)
 
 
 def embed(
@@ -99,16 +105,18 @@ def choose(
     vocabulary: int,
     tile_rows: int,
     pdl: dict[str, bool],
+    rows_per_sequence: int = 1,
     advance: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """Launch: the best token of each row from the best of each tile, int32 [M].
 
-    `advance` = (tokens_B, lengths_B, ring [B, slots]) makes it the end of a plain greedy step.
+    `advance` = (tokens_M, lengths_B, ring [B, slots]) makes it the end of a greedy step: what
+    follows a sequence's last row becomes its next token, one of tokens_M[:B].
     """
     C = triton.cdiv(vocabulary, tile_rows)
-    tokens_B, lengths_B, ring = advance or (None, None, None)
+    tokens_M, lengths_B, ring = advance or (None, None, None)
     _choose_kernel[(rows,)](
-        chosen_M, *best, tokens_B, lengths_B, ring,
+        chosen_M, *best, tokens_M, lengths_B, ring, rows_per_sequence,
         C, triton.next_power_of_2(C), vocabulary, 0 if ring is None else ring.shape[1],
         advance is not None, **pdl,
     )  # fmt: skip

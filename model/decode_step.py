@@ -10,15 +10,21 @@ and the running token live on the device. A graph is captured once per (T, conte
 only the room of attention's grid, and bits depend on neither T nor tier (contract 3).
 
     step = DecodeStep(model, cache)
-    logits_BTV = step.forward(tokens_BT)         # decode or verify, as Transformer.decode
-    for token in step.greedy(token, count): ...  # plain greedy decoding: replays, read late
+    logits_BTV = step.forward(tokens_BT)           # decode or verify, as Transformer.decode
+    for token in step.greedy([token], count): ...  # plain greedy decoding: replays, read late
+
+Who decodes asks `open_step` for one. On a CPU, and where the kernels cannot run, that is a
+ReadableStep: `Transformer.decode` behind the same `forward`.
 """
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from draftnorm.kernels.compilation import OutOfResources, Progress, compile_kernels
 from draftnorm.kernels.decode_attention import (
     SPLIT,
     AttentionWorkspace,
@@ -38,21 +44,75 @@ from draftnorm.kernels.projection import (
 )
 from draftnorm.kernels.rms_norm import INTERPRETED, rms_norm_forward
 from draftnorm.model.cache import KVCache
-from draftnorm.model.transformer import Layer, Transformer
+from draftnorm.model.transformer import PREFILL_CHUNK, Layer, Transformer
+
+logger = logging.getLogger("draftnorm")
 
 ROWS = 16  # the most rows of a step unless its owner asks for more
+DTYPES = (torch.bfloat16, torch.float16)
 RING = 64  # tokens of a sequence that the host may be behind
 RUN_AHEAD = 2  # replays in flight before the host waits for a token
 NORMS = ("train", "inference", "fused")
 
 
+def open_step(
+    model: Transformer,
+    cache: KVCache,
+    *,
+    blocks: Sequence[int],
+    greedy_blocks: Sequence[int] = (),
+    lengths: range,
+    vocabulary: int | None = None,
+    progress: Progress | None = None,
+) -> "DecodeStep | ReadableStep":
+    """The way to decode with this empty cache: DecodeStep on a GPU that can run it.
+
+    It will be asked to `forward` blocks of so many tokens and to continue `greedy_blocks`, at cache
+    `lengths`: what that needs is compiled and captured here. Ids from `vocabulary` on do not exist.
+    Which way it is follows from the device and the dtype alone, and a GPU that cannot run the
+    kernels is named in a warning.
+    """
+    device, dtype = model.device, model.dtype
+    if device.type != "cuda":
+        return ReadableStep(model, cache, vocabulary)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        reason = "the kernels need compute capability 8.0"
+    elif dtype not in DTYPES:
+        reason = f"the kernels take bfloat16 and float16, not {dtype}"
+    else:
+        step = DecodeStep(model, cache, rows=max([ROWS, *blocks]), vocabulary=vocabulary)
+        try:
+            step.prepare(blocks, greedy_blocks, lengths, progress)
+            return step
+        except OutOfResources as error:  # less shared memory than a tiling was made for
+            reason = str(error)
+    logger.warning(
+        "decoding on %s with library calls, slower: %s", torch.cuda.get_device_name(device), reason
+    )
+    return ReadableStep(model, cache, vocabulary)
+
+
+class ReadableStep:
+    """`Transformer.decode` bound to a cache, with what DecodeStep's users look at."""
+
+    chosen = compile_seconds = capture_seconds = None
+
+    def __init__(self, model: Transformer, cache: KVCache, vocabulary: int | None) -> None:
+        self.model, self.cache, self.vocabulary = model, cache, vocabulary
+
+    def forward(self, tokens_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Append T tokens to every sequence of the cache; logits after each, fp32 [B, T, V]."""
+        return self.model.decode(tokens_BT, self.cache)[:, :, : self.vocabulary]
+
+
 class DecodeStep:
     """Binds a model to a cache and to the device state of a step.
 
-    `rows` bounds B·T of a call. `norm` is the rung of the ladder: "fused" puts RMSNorm in the
-    prologue of the product after it or, where that does not fit, finishes it from the sums that the
-    product before it left; "inference" and "train" launch `rms_norm` without and with the store of
-    rstd. All three give equal bits. `pdl=False` turns dependent launch off.
+    `rows` bounds B·T of a call; ids from `vocabulary` on do not exist, if that is given. `norm` is
+    the rung of the ladder: "fused" puts RMSNorm in the prologue of the product after it or, where
+    that does not fit, finishes it from the sums that the product before it left; "inference" and
+    "train" launch `rms_norm` without and with the store of rstd. All three give equal bits.
+    `pdl=False` turns dependent launch off.
     Raises ValueError for a model that is not on a GPU.
     """
 
@@ -65,6 +125,7 @@ class DecodeStep:
         norm: str = "fused",
         pdl: bool = True,
         tilings: dict[str, Tiling] | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         config, device, dtype = model.config, model.device, model.dtype
         if not (device.type == "cuda" or INTERPRETED):
@@ -75,7 +136,9 @@ class DecodeStep:
         self.rows, self.norm = rows, norm
         self.pdl = pdl_options(device) if pdl else {"PDL": False}
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        D, K, V = config.hidden_size, config.head_size, config.vocab_size
+        self.compile_seconds = self.capture_seconds = 0.0
+        self.vocabulary = vocabulary or config.vocab_size
+        D, K, V = config.hidden_size, config.head_size, self.vocabulary
         B, H, G = len(cache.lengths), config.num_heads, config.num_kv_heads
         E, A = config.num_experts, config.experts_per_token
         self.batch = B
@@ -84,9 +147,10 @@ class DecodeStep:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         M, int32, fp32 = rows, torch.int32, torch.float32
-        self.tokens = buffer(M, dtype=int32)
+        # What the host says before a step, in one copy; lengths aligned like every buffer.
+        self.inputs = buffer(-(-M // 4) * 4 + B, dtype=int32)
+        self.tokens, self.lengths = self.inputs[:M], self.inputs[-B:]
         self.chosen = buffer(M, dtype=int32)
-        self.lengths = buffer(B, dtype=int32)
         self.positions, self.slots = buffer(M, dtype=int32), buffer(M, dtype=int32)
         self.x, self.normed = buffer(M, D), buffer(M, D)
         self.q, self.attended = buffer(M, H, K), buffer(M, H, K)
@@ -100,7 +164,8 @@ class DecodeStep:
         # Pinned, so that a kernel can write it; -1 marks a token that is not there yet.
         self.ring = torch.full((B, RING), -1, dtype=int32, pin_memory=device.type == "cuda")
 
-        rotary = torch.arange(cache.capacity, device=device)[:, None] * model.frequencies()
+        positions = cache.keys[0].shape[2]  # the capacity, rounded up
+        rotary = torch.arange(positions, device=device)[:, None] * model.frequencies()
         self.cos, self.sin = rotary.cos(), rotary.sin()
         qkv_rows = (H + 2 * G) * K
         self.tilings = {
@@ -131,51 +196,100 @@ class DecodeStep:
         )
 
     @torch.inference_mode()
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def prepare(
+        self,
+        blocks: Iterable[int],
+        greedy_blocks: Iterable[int],
+        lengths: range,
+        progress: Progress | None = None,
+    ) -> None:
+        """Compile and capture what `open_step` lists, while the cache is empty."""
+        if not self.x.is_cuda:
+            return
+        assert not any(self.cache.lengths), "compiling writes to the first positions"
+        shapes = [(T, False) for T in blocks] + [(T, True) for T in greedy_blocks]
+        tiers = sorted({self._tier(n) for n in (*lengths[::SPLIT], *lengths[-1:])})
+
+        def launch_all() -> None:
+            for T, plain in shapes:
+                self.launch(T, tiers[0], plain=plain)
+            # Few rows and many: the norms of q and k then take another kernel.
+            for count in {1, min(PREFILL_CHUNK, self.cache.capacity)}:
+                self.model.prefill([0] * count, self.cache)
+                self.cache.rollback(0)
+
+        start = time.perf_counter()
+        compile_kernels(launch_all, progress)
+        self._synchronize()
+        self.inputs.zero_()
+        compiled = time.perf_counter()
+        graphs = [(T, tier, plain) for tier in tiers for T, plain in shapes]
+        for done, (T, tier, plain) in enumerate(graphs, start=1):
+            self._graph(T, tier, plain=plain)
+            if progress:
+                progress("capturing graphs", done, len(graphs))
+        self.compile_seconds = compiled - start
+        self.capture_seconds = time.perf_counter() - compiled
+
+    @torch.inference_mode()
+    def forward(self, tokens_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Append T tokens to every sequence of the cache; logits after each, fp32 [B, T, V].
 
-        The result is a view of a buffer that the next call overwrites.
+        The result is a view of a buffer that the next call overwrites; so is `chosen`, the argmax
+        of each row (ties to the lowest id, NO_TOKEN where there is none), int32 [B·T] and more.
         """
-        B, T = tokens_BT.shape
-        if self.batch != B or tokens_BT.numel() > self.rows:
-            raise ValueError(f"{tokens_BT.shape=} is not {self.batch} × at most {self.rows} rows")
-        self.lengths.copy_(torch.tensor(self.cache.lengths, dtype=torch.int32))
+        sequences = tokens_BT.tolist() if isinstance(tokens_BT, Tensor) else tokens_BT
+        tokens = [token for sequence in sequences for token in sequence]
+        B, T = self.batch, len(sequences[0])
+        if len(sequences) != B or len(tokens) != B * T or len(tokens) > self.rows:
+            raise ValueError(
+                f"tokens of {list(map(len, sequences))} are not {B} sequences of equal length with "
+                f"at most {self.rows} rows together"
+            )
+        self._tell(tokens)
         self.cache.extend_all(T)
-        self.tokens[: B * T] = tokens_BT.flatten()
         self._run(T, self._tier(max(self.cache.lengths)), plain=False)
         return self.logits[: B * T].view(B, T, -1)
 
     @torch.inference_mode()
-    def greedy(self, token: int, count: int) -> Iterator[int]:
-        """Decode `count` tokens after `token`, the best each time; one sequence only.
+    def greedy(self, tokens: Sequence[int], count: int) -> Iterator[int]:
+        """Decode `count` tokens after these, the best each time; one sequence only.
 
-        The device runs ahead of the caller by up to two steps; closing the iterator early leaves
-        the cache at the tokens that were yielded.
+        `tokens` are fed as one block. The device runs ahead of the caller by up to two steps;
+        closing the iterator early leaves the cache at the tokens that were yielded, the last one
+        not being in it.
         """
         if self.batch != 1:
             raise ValueError(f"greedy decodes one sequence, the cache holds {self.batch}")
-        start = self.cache.lengths[0]
-        self.cache.extend(count)
+        T, start = len(tokens), self.cache.lengths[0]
+        self.cache.extend(T + count - 1)
         self.cache.lengths[0] = start
         self._synchronize()  # a step that an earlier caller left in flight still writes the ring
         self.ring.fill_(-1)
-        self.tokens[0] = token
-        self.lengths[0] = start
-        if self.x.is_cuda:
-            for tier in sorted({self._tier(start + n) for n in range(1, count + 1)}):
-                self._graph(1, tier, plain=True)  # nothing is compiled after the first token
+        self._tell(tokens)
+        if self.x.is_cuda:  # a tier that begins on the way must not stop it
+            self._graph(T, self._tier(start + T), plain=True)
+            for tier in sorted({self._tier(start + T + n) for n in range(1, count)}):
+                self._graph(1, tier, plain=True)
         ring, sent = self.ring[0].numpy(), 0
         for taken in range(count):
             while sent < min(count, taken + 1 + RUN_AHEAD):
+                self._run(1 if sent else T, self._tier(start + T + sent), plain=True)
                 sent += 1
-                self._run(1, self._tier(start + sent), plain=True)
-            place = (start + taken + 1) % RING
-            while ring[place] < 0:  # written by the step's last kernel, over the bus
+            length = start + T + taken
+            place = length % RING
+            while ring[place] == -1:  # written by the step's last kernel, over the bus
                 torch.cuda.current_stream().query()  # raises if a kernel failed
             token = int(ring[place])
             ring[place] = -1
-            self.cache.lengths[0] += 1
+            self.cache.lengths[0] = length
             yield token
+
+    def _tell(self, tokens: Sequence[int]) -> None:
+        """Copy tokens and lengths to the device, behind the steps that are under way."""
+        unused = len(self.inputs) - self.batch - len(tokens)
+        inputs = torch.tensor([*tokens, *[0] * unused, *self.cache.lengths], dtype=torch.int32)
+        self.inputs.copy_(inputs, non_blocking=True)  # pageable memory is staged before it returns
 
     def _tier(self, length: int) -> int:
         """Splits of attention's grid for a context of `length`: a power of two, or all."""
@@ -197,7 +311,7 @@ class DecodeStep:
         key = (T, tier, plain)
         if key not in self.graphs:
             torch.cuda.synchronize()  # steps in flight still write the state
-            state = (self.tokens, self.lengths, self.ring)
+            state = (self.inputs, self.ring)
             saved = [tensor.clone() for tensor in state]
             self.launch(T, tier, plain=plain)
             torch.cuda.synchronize()
@@ -222,11 +336,12 @@ class DecodeStep:
             else:
                 self._mlp(layer, rows)
         logits = None if plain else self.logits
-        self._project("head", logits, self.x, model.head_VD(), rows, "argmax", best=self.best,
+        head_VD = model.head_VD()[: self.vocabulary]
+        self._project("head", logits, self.x, head_VD, rows, "argmax", best=self.best,
                       norm=model.model.norm)  # fmt: skip
         choose(
-            self.chosen, self.best, rows=rows, vocabulary=self.config.vocab_size,
-            tile_rows=self.tilings["head"].rows, pdl=self.pdl,
+            self.chosen, self.best, rows=rows, vocabulary=self.vocabulary,
+            tile_rows=self.tilings["head"].rows, pdl=self.pdl, rows_per_sequence=T,
             advance=(self.tokens, self.lengths, self.ring) if plain else None,
         )  # fmt: skip
 

@@ -162,7 +162,7 @@ def decode(
         timing.synchronize()
         start = time.perf_counter()
         step = DecodeStep(model, cache)
-        next(step.greedy(1, new_tokens))  # compiles and captures all that it will need
+        next(step.greedy([1], new_tokens))  # compiles and captures all that it will need
         return step, time.perf_counter() - start
 
     _, cold_seconds = start_session()

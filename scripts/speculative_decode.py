@@ -138,7 +138,7 @@ class _Decoder:
         target: "Loaded",
         draft: "Loaded | str",
     ) -> None:
-        from draftnorm.decoding.generation import Request
+        from draftnorm.decoding.request import Request
 
         self.args, self.sampling, self.target, self.draft = args, sampling, target, draft
         request = Request.of(

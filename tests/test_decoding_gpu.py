@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton import knobs
 
 from draftnorm import SamplingConfig, generate, load_model, load_tokenizer, speculate
+from draftnorm.decoding.drafters import ModelDrafter
 from draftnorm.model.cache import KVCache
+from draftnorm.model.decode_step import DecodeStep, open_step
 from draftnorm.model.transformer import Transformer
 
 pytestmark = pytest.mark.gpu
@@ -23,18 +26,43 @@ def pair() -> tuple[Transformer, Transformer]:
     return tuple(load_model(EMBEDDED / name, device="cuda") for name in ("target", "draft"))
 
 
-@pytest.mark.parametrize("rows", [2, 5, 8, 16, 17, 33])
-def test_a_row_has_the_same_bits_in_any_company(pair, rows: int) -> None:
+def random_tokens(B: int, T: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 8192, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("start", [9, 480], ids=["short", "over splits and tiers"])
+@pytest.mark.parametrize("rows", [2, 5, 8, 16])
+def test_a_row_has_the_same_bits_in_any_company(pair, rows: int, start: int) -> None:
     target, _ = pair
-    tokens = torch.randint(3, 8192, (1, 100), generator=torch.Generator().manual_seed(rows))
-    tokens = tokens.to("cuda")
-    cache = KVCache(target.config, capacity=100, device="cuda", dtype=target.dtype)
-    target.prefill(tokens[0, :9], cache)
-    alone = torch.cat([target.decode(tokens[:, t : t + 1], cache)[0] for t in range(9, 100)])
-    cache.rollback(9)
-    for t in range(9, 100, rows):
-        together = target.decode(tokens[:, t : t + rows], cache)[0]
-        assert torch.equal(together, alone[t - 9 : t - 9 + rows])
+    end = start + 91
+    tokens = random_tokens(1, end, rows)
+    cache = KVCache(target.config, capacity=1024, device="cuda", dtype=target.dtype)
+    step = open_step(target, cache, blocks=range(1, rows + 1), lengths=range(start, end + 1))
+    assert isinstance(step, DecodeStep)
+    target.prefill(tokens[0, :start], cache)
+    alone = [step.forward(tokens[:, t : t + 1])[0].clone() for t in range(start, end)]
+    alone = torch.cat(alone)
+    cache.rollback(start)
+    for t in range(start, end, rows):
+        together = step.forward(tokens[:, t : t + rows])[0]
+        assert torch.equal(together, alone[t - start : t - start + rows])
+
+
+def test_a_sequence_of_a_batch_has_the_bits_it_has_alone(pair) -> None:
+    target, _ = pair
+    tokens, starts = random_tokens(3, 300, 1), (5, 250, 17)
+    together = KVCache(target.config, batch=3, capacity=320, device="cuda", dtype=target.dtype)
+    steps = [open_step(target, together, blocks=(5,), lengths=range(1, 321))]
+    for b, start in enumerate(starts):
+        alone = KVCache(target.config, capacity=320, device="cuda", dtype=target.dtype)
+        steps.append(open_step(target, alone, blocks=(5,), lengths=range(1, 321)))
+        target.prefill(tokens[b, :start], alone)
+        target.prefill(tokens[b, :start], together, sequence=b)
+    for i in range(0, 30, 5):
+        block = torch.stack([tokens[b, start + i :][:5] for b, start in enumerate(starts)])
+        logits = steps[0].forward(block)
+        for b, step in enumerate(steps[1:]):
+            assert torch.equal(step.forward(block[b : b + 1])[0], logits[b])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -49,7 +77,7 @@ def test_speculation_changes_no_token(pair, drafter, draft_length, temperature: 
         sampling=SamplingConfig(temperature=temperature, top_p=0.95, seed=7),
     )
     drafters = {"draft": draft, "target": target, "ngram": "ngram"}
-    for prompt in PROMPTS:
+    for prompt in [*PROMPTS, random_tokens(1, 470, 3)[0].tolist()]:  # the last crosses a tier
         plain = generate(target, tokenizer, prompt, **options).result()
         speculative = speculate(
             target, tokenizer, prompt, draft=drafters[drafter], draft_length=draft_length, **options
@@ -57,10 +85,81 @@ def test_speculation_changes_no_token(pair, drafter, draft_length, temperature: 
         assert speculative.token_ids == plain.token_ids
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("draft", [None, "ngram", "draft"])
+def test_after_the_first_token_nothing_is_compiled_and_nothing_allocated(
+    pair, draft, temperature: float, monkeypatch
+) -> None:
+    target, small = pair
+    options = dict(
+        max_new_tokens=300, ignore_eos=True, sampling=SamplingConfig(temperature=temperature)
+    )
+    run = (
+        speculate(target, None, [5, 6, 7], draft=small if draft == "draft" else draft, **options)
+        if draft
+        else generate(target, None, [5, 6, 7], **options)
+    )
+    next(run)
+    graphs = len(run.decoder.engine.graphs)
+    late: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: late.append(repr))
+    for chunk in run:  # the library's own products allocate in a drafter's first catch-up
+        if len(run._transcript.output) >= 100:
+            break
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["allocation.all.allocated"]
+    assert len(list(run)) > 0
+    assert late == []
+    assert len(run.decoder.engine.graphs) == graphs
+    if temperature == 0 and draft != "draft":
+        after = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["allocation.all.allocated"]
+        assert after == before
+
+
+def test_an_early_end_leaves_the_cache_where_the_output_ends(pair) -> None:
+    target, _ = pair
+    options = dict(max_new_tokens=64, ignore_eos=True)
+    tokens = generate(target, None, [5, 6, 7], **options).result().token_ids
+    run = generate(target, None, [5, 6, 7], **options)
+    for _ in range(9):
+        next(run)
+    run.close()
+    assert run.result().token_ids == tokens[:9]
+    decoder = run.decoder
+    assert decoder.cache.lengths == [3 + 8]
+    # Two more steps were in flight; what they wrote and chose is nobody's.
+    assert tuple(decoder.engine.greedy([tokens[8]], 20)) == tokens[9:29]
+
+
+def test_broken_weights_are_an_error(pair) -> None:
+    target, _ = pair
+    for draft in (None, "ngram"):
+        run = speculate(target, None, [5, 6]) if draft else generate(target, None, [5, 6])
+        next(run)
+        run.decoder.cache.values[-1].fill_(torch.nan)
+        with pytest.raises(ValueError, match="logits at position 3 hold NaN"):
+            next(run)
+
+
+def test_a_drafter_proposes_what_its_model_says(pair) -> None:
+    _, draft = pair
+    prompt = random_tokens(1, 40, 5)[0].tolist()
+    sampler = generate(draft, None, prompt).decoder.sampler
+    drafter = ModelDrafter(draft, sampler, vocabulary=draft.config.vocab_size, capacity=128)
+    drafter.prefill(prompt)
+    cache = KVCache(draft.config, capacity=128, device="cuda", dtype=draft.dtype)
+    step = open_step(draft, cache, blocks=(1, 2), lengths=range(1, 128))
+    draft.prefill(prompt[:-2], cache)
+    rows, expected = prompt[-2:], []
+    for _ in range(9):
+        expected.append(int(step.forward([rows])[0, -1].argmax()))
+        rows = expected[-1:]
+    assert drafter.propose(9)[0] == expected
+
+
 def test_logits_match_the_cpu(pair) -> None:
     target, _ = pair
     exact = load_model(EMBEDDED / "target", device="cpu", dtype=torch.float32)
-    tokens = torch.randint(3, 8192, (1, 64), generator=torch.Generator().manual_seed(0))
+    tokens = random_tokens(1, 64, 0)
     with torch.no_grad():
         actual, expected = target(tokens.to("cuda"))[0].float().cpu(), exact(tokens)[0]
     # bf16 carries 2⁻⁹ a rounding through some thirty roundings in a row; a row that another expert

@@ -167,10 +167,10 @@ def test_a_certain_draft_is_accepted_and_its_residual_never_needed() -> None:
 def test_exact_stops_at_the_first_difference() -> None:
     logits_TV = torch.eye(5)[[1, 2, 3, 4]]
     sampler = Sampler(SamplingConfig())
-    assert verify_exact(logits_TV, [1, 2, 3], None, sampler, 0) == [1, 2, 3, 4]
-    assert verify_exact(logits_TV, [1, 0, 3], None, sampler, 0) == [1, 2]
-    assert verify_exact(logits_TV, [0, 2, 3], None, sampler, 0) == [1]
-    assert verify_exact(logits_TV[:1], [], None, sampler, 0) == [1]
+    assert verify_exact(sampler.choose(logits_TV, 0), [1, 2, 3]) == [1, 2, 3, 4]
+    assert verify_exact(sampler.choose(logits_TV, 0), [1, 0, 3]) == [1, 2]
+    assert verify_exact(sampler.choose(logits_TV, 0), [0, 2, 3]) == [1]
+    assert verify_exact(sampler.choose(logits_TV[:1], 0), []) == [1]
 
 
 def test_first_difference_names_place_and_gap() -> None:

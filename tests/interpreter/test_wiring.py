@@ -1,0 +1,114 @@
+"""generate and speculate over DecodeStep, in Triton's interpreter: what a GPU runs, but for graphs.
+
+`open_step` gives a CPU the readable path; here it is told to build a DecodeStep, on CPU tensors.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from decode_support import needs_run_time_loops
+
+from draftnorm.decoding import drafters, generation
+from draftnorm.decoding.generation import generate
+from draftnorm.decoding.sampling import Sampler, SamplingConfig
+from draftnorm.decoding.speculation import speculate
+from draftnorm.model.config import ModelConfig
+from draftnorm.model.decode_step import DecodeStep
+from draftnorm.model.transformer import Transformer
+
+pytestmark = needs_run_time_loops
+
+PROMPT, NEW = [5, 3, 5, 3, 5], 7
+
+
+def tiny(seed: int, **fields) -> Transformer:
+    config = dict(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2,
+        num_kv_heads=1, head_size=8, initializer_range=0.4,
+    )  # fmt: skip
+    return Transformer(ModelConfig(**config | fields)).init_weights(seed)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[DecodeStep]:
+    """The steps that decoders opened, in order."""
+    opened: list[DecodeStep] = []
+
+    def open_step(model, cache, *, vocabulary=None, **_) -> DecodeStep:
+        opened.append(DecodeStep(model, cache, vocabulary=vocabulary))
+        return opened[-1]
+
+    monkeypatch.setattr(generation, "open_step", open_step)
+    monkeypatch.setattr(drafters, "open_step", open_step)
+    return opened
+
+
+def readable(model: Transformer, **options) -> tuple[tuple[int, ...], list[int]]:
+    """Tokens and cache lengths of the CPU's own path."""
+    run = generate(model, None, PROMPT, **options)
+    return run.result().token_ids, run.decoder.cache.lengths
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_plain_and_speculative_are_the_readable_path(temperature: float, request) -> None:
+    target, draft = tiny(1), tiny(2)
+    options = dict(max_new_tokens=NEW, sampling=SamplingConfig(temperature=temperature, seed=3))
+    expected, lengths = readable(target, **options)
+    request.getfixturevalue("steps")
+    runs = [generate(target, None, PROMPT, **options)]
+    for drafter, length in (("ngram", 3), (target, 4), (draft, 1), (draft, "auto")):
+        runs.append(speculate(target, None, PROMPT, draft=drafter, draft_length=length, **options))
+    for run in runs:
+        assert run.result().token_ids == expected
+        assert run.decoder.cache.lengths == lengths
+    assert runs[2].result().speculation.acceptance_rate == 1.0  # its own drafts are always right
+
+
+def test_an_early_end_leaves_the_cache_as_the_readable_path_does(request) -> None:
+    model = tiny(1)
+    tokens, _ = readable(model, max_new_tokens=NEW)
+    model.config = dataclasses.replace(model.config, eos_token_ids=(tokens[2],))
+    expected = readable(model, max_new_tokens=NEW)
+    assert len(expected[0]) == 3
+    steps = request.getfixturevalue("steps")
+    run = generate(model, None, PROMPT, max_new_tokens=NEW)
+    assert (run.result().token_ids, run.decoder.cache.lengths) == expected
+    assert steps[0].lengths.tolist()[0] > expected[1][0]  # the device had gone on
+    closed = generate(model, None, PROMPT, max_new_tokens=NEW, ignore_eos=True)
+    next(closed), next(closed)
+    closed.close()
+    assert closed.result().token_ids == tokens[:2]
+    assert closed.decoder.cache.lengths == [len(PROMPT) + 1]
+
+
+def test_ids_past_the_vocabulary_are_never_chosen(steps: list[DecodeStep]) -> None:
+    model = tiny(1, vocab_size=40)
+    with torch.no_grad():
+        model.lm_head.weight[32:] *= 100  # padding that would win about every second time
+    for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
+        for vocabulary in (32, 40):
+            drafter = drafters.ModelDrafter(
+                model, Sampler(sampling), vocabulary=vocabulary, capacity=16
+            )
+            drafter.prefill(PROMPT)
+            drafts, _ = drafter.propose(6)
+            assert len(drafts) == 6
+            assert (max(drafts) < 32) == (vocabulary == 32)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_broken_weights_are_an_error(temperature: float, steps: list[DecodeStep]) -> None:
+    model = tiny(1)
+    options = dict(sampling=SamplingConfig(temperature=temperature), max_new_tokens=4)
+    for draft in (None, "ngram"):
+        run = (
+            speculate(model, None, PROMPT, draft=draft, **options)
+            if draft
+            else generate(model, None, PROMPT, **options)
+        )
+        next(run)
+        for values in run.decoder.cache.values:
+            values.fill_(torch.nan)
+        with pytest.raises(ValueError, match="logits at position 6 hold NaN"):
+            next(run)

@@ -1,0 +1,121 @@
+"""All that a step launches is compiled ahead, for an sm_90 device that only Triton believes in.
+
+Models live on the meta device and launches go nowhere, but dispatch, compilation and the check of
+shared memory are Triton's own.
+"""
+
+import itertools
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_decode_compiled import LARGE, SMALL
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from draftnorm.kernels import decode_norm
+from draftnorm.kernels.compilation import OutOfResources, compile_kernels
+from draftnorm.model import decode_step
+from draftnorm.model.cache import KVCache
+from draftnorm.model.config import ModelConfig
+from draftnorm.model.transformer import Transformer
+
+pytestmark = pytest.mark.skipif(decode_norm.INTERPRETED, reason="compiles for a GPU")
+_unused_devices = itertools.count(1000)  # Triton keeps compiled kernels by device
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A driver whose device has the shared memory of an H100; `launches` counts kernels run."""
+    device, gpu = next(_unused_devices), SimpleNamespace(shared_memory=232448, launches=0)
+
+    def launcher(source: object, metadata: object):
+        def launch(*_: object) -> None:
+            gpu.launches += 1
+
+        return launch
+
+    fake = SimpleNamespace(
+        get_current_device=lambda: device,
+        get_current_stream=lambda _: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        launcher_cls=launcher,
+        utils=SimpleNamespace(
+            get_device_properties=lambda _: {"max_shared_mem": gpu.shared_memory},
+            load_binary=lambda *_: (object(), 0, 0, 0, 1024),
+        ),
+    )
+    monkeypatch.setattr(driver, "_active", fake)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(decode_step, "INTERPRETED", True)  # let a step be built without a GPU
+    monkeypatch.setattr(decode_step, "pdl_options", lambda _: {"PDL": True, "launch_pdl": True})
+    return gpu
+
+
+def make_step(config: dict, rows: int = 16) -> decode_step.DecodeStep:
+    model = Transformer(ModelConfig(**config), device="meta", dtype=torch.bfloat16)
+    cache = KVCache(model.config, capacity=64, device="meta", dtype=torch.bfloat16)
+    return decode_step.DecodeStep(model, cache, rows=rows)
+
+
+@pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
+def test_after_compiling_ahead_no_step_compiles(config: dict, gpu, monkeypatch) -> None:
+    step, heard = make_step(config), []
+
+    def work() -> None:
+        for T, plain in ((1, True), (2, True), (1, False), (16, False)):
+            step.launch(T, 2, plain=plain)
+
+    count = compile_kernels(work, lambda *progress: heard.append(progress))
+    assert gpu.launches == 0
+    assert heard == [("compiling kernels", n, count) for n in range(1, count + 1)]
+    late: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: late.append(repr))
+    steps = [(1, True), (2, True), *((T, False) for T in range(1, 17))]
+    for (T, plain), tier in itertools.product(steps, (2, 8)):
+        step.launch(T, tier, plain=plain)
+    assert late == []
+    assert gpu.launches > 2 * len(steps) * 5
+    assert compile_kernels(work) == 0
+
+
+def test_a_kernel_that_does_not_fit_is_an_error_at_its_first_launch(gpu) -> None:
+    gpu.shared_memory = 1024
+    step = make_step(SMALL)
+    compile_kernels(lambda: step.launch(1, 2, plain=True))
+    with pytest.raises(OutOfResources, match="shared memory"):
+        step.launch(1, 2, plain=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "out_of", "said"),
+    [
+        ((9, 0), torch.bfloat16, None, None),
+        ((7, 5), torch.bfloat16, None, "compute capability 8.0"),
+        ((9, 0), torch.float32, None, "not torch.float32"),
+        ((8, 6), torch.bfloat16, OutOfResources(200_000, 101_376, "shared memory"), "101376"),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_kernels_is_named_and_gets_the_readable_path(
+    capability, dtype, out_of, said, monkeypatch, caplog
+) -> None:
+    class Step(decode_step.ReadableStep):
+        def __init__(self, model, cache, *, rows, vocabulary) -> None:
+            super().__init__(model, cache, vocabulary)
+
+        def prepare(self, *_: object) -> None:
+            if out_of:
+                raise out_of
+
+    monkeypatch.setattr(decode_step, "DecodeStep", Step)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    with caplog.at_level(logging.WARNING, "draftnorm"):
+        step = decode_step.open_step(model, None, blocks=(1,), lengths=range(1, 2))
+    assert isinstance(step, Step) == (said is None)
+    assert isinstance(step, decode_step.ReadableStep)
+    assert ([said in record.getMessage() for record in caplog.records] or [None]) == [said and True]
