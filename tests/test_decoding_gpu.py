@@ -103,7 +103,7 @@ def test_after_the_first_token_nothing_is_compiled_and_nothing_allocated(
     graphs = len(run.decoder.engine.graphs)
     late: list[str] = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: late.append(repr))
-    for chunk in run:  # the library's own products allocate in a drafter's first catch-up
+    for _ in run:  # the library's own products allocate in a drafter's first catch-up
         if len(run._transcript.output) >= 100:
             break
     before = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["allocation.all.allocated"]
