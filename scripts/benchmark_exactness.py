@@ -125,8 +125,10 @@ def op_level(model: "Transformer", tokens_T: "Tensor", prompt: int) -> Iterator[
     from draftnorm.scripts.step_times import Launch, observe_step
 
     most = min(max(LADDER), len(tokens_T) - prompt)
-    cache = _prefilled(model, tokens_T[:prompt], most)
+    cache = _cache(model, prompt + most)
     step = DecodeStep(model, cache, rows=most)
+    step.prepare(sorted({1, most}), (), range(prompt, prompt + 1))
+    model.prefill(tokens_T[:prompt], cache)
 
     def results(first: int, M: int) -> "list[tuple[str, Tensor]]":
         found: list[tuple[str, Tensor]] = []
@@ -161,14 +163,14 @@ def model_and_cache_levels(
     """Verifies of T rows beside single steps: their logits, and the cache that they leave."""
     import torch
 
-    from draftnorm.model.decode_step import DecodeStep
+    from draftnorm.model.decode_step import open_step
 
-    end = prompt + steps
-    cache = _prefilled(model, tokens_T[:prompt], steps + max(rows))
-    if _has_kernels(model):
-        decode = DecodeStep(model, cache, rows=max(rows)).forward
-    else:
-        decode = lambda tokens_BT: model.decode(tokens_BT, cache)  # noqa: E731
+    end, room = prompt + steps, prompt + steps + max(rows)
+    cache = _cache(model, room)
+    decode = open_step(
+        model, cache, blocks=sorted({1, *rows}), lengths=range(prompt, room + 1)
+    ).forward
+    model.prefill(tokens_T[:prompt], cache)
     alone = torch.cat([decode(tokens_T[None, t : t + 1])[0].clone() for t in range(prompt, end)])
     kept = _new_positions(cache, prompt, end)
     for T in rows:
@@ -196,14 +198,10 @@ def _has_kernels(model: "Transformer") -> bool:
     return model.device.type == "cuda" or INTERPRETED
 
 
-def _prefilled(model: "Transformer", prompt_T: "Tensor", room: int) -> "KVCache":
+def _cache(model: "Transformer", capacity: int) -> "KVCache":
     from draftnorm.model.cache import KVCache
 
-    cache = KVCache(
-        model.config, capacity=len(prompt_T) + room, device=model.device, dtype=model.dtype
-    )
-    model.prefill(prompt_T, cache)
-    return cache
+    return KVCache(model.config, capacity=capacity, device=model.device, dtype=model.dtype)
 
 
 def _forget(cache: "KVCache", length: int) -> None:

@@ -158,15 +158,17 @@ def decode(
     memory = _ExtraMemory()
 
     def start_session() -> tuple[DecodeStep, float]:
-        _first_token(model, cache, prompt_tokens)
-        timing.synchronize()
+        cache.rollback(0)
         start = time.perf_counter()
         step = DecodeStep(model, cache)
-        next(step.greedy([1], new_tokens))  # compiles and captures all that it will need
+        step.prepare((), (1,), range(prompt_tokens, prompt_tokens + new_tokens + 1))
+        timing.synchronize()
         return step, time.perf_counter() - start
 
-    _, cold_seconds = start_session()
-    step, warm_seconds = start_session()
+    step, first_seconds = start_session()
+    start = {"compile_seconds": step.compile_seconds, "capture_seconds": step.capture_seconds}
+    del step  # before its buffers are counted twice
+    step, start["next_session_seconds"] = start_session()  # finds its kernels in this process
 
     def greedy() -> float:
         token = _first_token(model, cache, prompt_tokens)
@@ -179,12 +181,8 @@ def decode(
     greedy()
     rates = sorted(greedy() for _ in range(repeats))
     first = timing.wall_seconds(lambda: _first_token(model, cache, prompt_tokens), repeats)
-    row = _result("draftnorm", prompt_tokens, new_tokens, rates, first, cold_seconds)
-    return row, {
-        "compile_and_capture_seconds": cold_seconds,
-        "capture_seconds": warm_seconds,  # kernels compiled before, in this process
-        "extra_memory_bytes": memory.peak(),
-    }
+    row = _result("draftnorm", prompt_tokens, new_tokens, rates, first, first_seconds)
+    return row, start | {"extra_memory_bytes": memory.peak()}
 
 
 def decode_transformers(
@@ -283,9 +281,9 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['shape']}, {document['parameters'] / 1e6:,.1f} M parameters, "
         f"{document['dtype']}. A step reads {document['step_bytes'] / 1e6:,.1f} MB: at most "
         f"{limit:,.0f} tokens/s at {document['read_bytes_per_second'] / 1e12:.2f} TB/s. Compiling "
-        f"(Triton cache {document['triton_cache']}) and capturing took "
-        f"{document['compile_and_capture_seconds']:.1f} s, capturing again "
-        f"{document['capture_seconds']:.1f} s; memory beyond weights and cache: "
+        f"took {document['compile_seconds']:.1f} s (Triton cache {document['triton_cache']}), "
+        f"capturing {document['capture_seconds']:.1f} s, the next session "
+        f"{document['next_session_seconds']:.1f} s in all; memory beyond weights and cache: "
         f"{_megabytes(document['extra_memory_bytes'])} MB.",
         "",
         *table(

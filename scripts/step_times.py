@@ -62,9 +62,10 @@ def measure_steps(
         device=model.device,
         dtype=model.dtype,
     )
+    step = DecodeStep(model, cache, rows=max(rows))
+    step.prepare(sorted({1, *rows}), (), range(contexts[0], contexts[0] + 1))
     for layer in cache.keys + cache.values:
         layer.normal_()
-    step = DecodeStep(model, cache, rows=max(rows))
     steps, kernels = [], []
     for context in contexts:
         one = None

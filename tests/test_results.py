@@ -62,7 +62,7 @@ def test_the_check_of_a_shape_notices_a_number_that_was_edited() -> None:
     document = dict(
         read_bytes_per_second=1e9, product_flops_per_second=1e12, step_bytes=1000,
         limit_tokens_per_second=1e6, shape="x", parameters=500, dtype="bfloat16", notes=[],
-        triton_cache="empty", compile_and_capture_seconds=1.0, capture_seconds=1.0,
+        triton_cache="empty", compile_seconds=9.0, capture_seconds=1.0, next_session_seconds=1.0,
         extra_memory_bytes=None, prefill=[],
         results=[dict(prompt_tokens=1, new_tokens=1, engine="x", tokens_per_second=5e5, slowest=4e5,
                       fastest=6e5, limit_share=0.5, first_token_seconds=0.1, warm_up_seconds=1.0)],
