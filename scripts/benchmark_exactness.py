@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=NAMES, help="random weights of this shape, on a GPU")
     parser.add_argument("--rows", type=options.positive_ints, default=[2, 5, 8, 16, 17, 33],
                         metavar="T,T", help="rows of a verify")  # fmt: skip
-    parser.add_argument("--draft-length", type=_lengths, default=[1, 4, 7, 15, "auto"],
+    parser.add_argument("--draft-length", type=options.draft_lengths, default=[1, 4, 7, 15, "auto"],
                         metavar="N|auto,…")  # fmt: skip
     parser.add_argument("-p", dest="prompt_tokens", type=options.positive_int, default=440)
     parser.add_argument("--steps", type=options.positive_int, default=256, help="single steps")
@@ -298,7 +298,3 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def _row(level: str, what: str, of: str, compared: int, equal: int) -> dict[str, Any]:
     return {"level": level, "what": what, "of": of, "compared": compared, "equal": equal}
-
-
-def _lengths(text: str) -> list[int | str]:
-    return [options.draft_length(word) for word in text.split(",") if word]

@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     parser.add_argument(
         "--draft",
-        type=_words,
+        type=lambda text: [word for word in text.split(",") if word],
         metavar="D,D",
         help="drafters (default: ngram, and the embedded draft for the embedded target)",
     )
     parser.add_argument(
         "--draft-length",
-        type=lambda text: [options.draft_length(word) for word in _words(text)],
+        type=options.draft_lengths,
         default=["auto"],
         metavar="N|auto,…",
     )
@@ -43,7 +43,3 @@ def run(args: argparse.Namespace) -> int:
     return run_engines(
         args, drafts=args.draft or (["ngram"] if args.target else ["draft", "ngram"])
     )
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]

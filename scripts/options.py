@@ -127,6 +127,11 @@ def draft_length(text: str) -> int | str:
     return int(text)
 
 
+def draft_lengths(text: str) -> list[int | str]:
+    """An argument such as auto,2,4."""
+    return [draft_length(word) for word in text.split(",") if word]
+
+
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt as text, from wherever the arguments say; the built-in one by default."""
     if args.system is not None and args.raw:

@@ -23,6 +23,9 @@ from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import timing
 
+# What a step launches its kernels with; each takes its result first.
+LAUNCHERS = ("embed", "normalize", "project", "decode_attention", "route_rows", "choose")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
@@ -176,8 +179,7 @@ def observe_step(step: DecodeStep, rows: int, observe: Callable[[Launch], None])
 
         return launch
 
-    kernels = ("embed", "normalize", "project", "decode_attention", "route_rows", "choose")
-    with mock.patch.multiple(decode_step, **{name: watched(name) for name in kernels}):
+    with mock.patch.multiple(decode_step, **{name: watched(name) for name in LAUNCHERS}):
         step.launch(rows, step._tier(length), plain=False)
 
 
