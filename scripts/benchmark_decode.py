@@ -129,7 +129,7 @@ def run_engines(args: argparse.Namespace, *, drafts: list[str]) -> int:
         return {
             "schema": SCHEMA,
             **report.describe_environment(target.model.device),
-            "transformers": report.package_version("transformers"),
+            "transformers": None if args.no_peers else report.package_version("transformers"),
             "command": args.command_line,
             "target": report.describe_checkpoint(target),
             "load": load,

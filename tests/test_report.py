@@ -168,6 +168,7 @@ def test_benchmark_decode_is_plain_decoding(make_checkpoint, capsys):
     document = json.loads(capsys.readouterr().out)
     assert [row["engine"] for row in document["results"]] == ["draftnorm plain"]
     assert document["results"][0]["times_transformers"] is None
+    assert document["transformers"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
