@@ -46,6 +46,35 @@ def _embed_kernel(
     tl.store(place, tl.reshape(sums, [BLOCK_D // _SQUARES]), mask=block < BLOCKS)
 
 
+@triton.jit
+def best_token(
+    best_ptr, best_id_ptr, row, C: tl.constexpr, BLOCK_C: tl.constexpr, V: tl.constexpr
+):
+    """The lowest id among the best tiles of a row, or NO_TOKEN."""
+    tile = tl.arange(0, BLOCK_C)
+    best_C = tl.load(best_ptr + row * C + tile, mask=tile < C, other=float("-inf"))
+    id_C = tl.load(best_id_ptr + row * C + tile, mask=tile < C, other=V - 1)
+    best = tl.max(best_C, axis=0)
+    token = tl.min(tl.where(best_C == best, id_C, V - 1), axis=0)
+    return tl.where(best > float("-inf"), token, _NO_TOKEN)
+
+
+@triton.jit
+def emit(
+    token, row, chosen_ptr, token_ptr, length_ptr, ring_ptr, T,
+    RING: tl.constexpr, ADVANCE: tl.constexpr,
+):  # fmt: skip
+    """Write a row's token; after a sequence's last row, move the sequence on."""
+    tl.store(chosen_ptr + row, token)
+    if ADVANCE:  # noqa: SIM102 - the first is known when compiling, the second is not
+        if row % T == T - 1:
+            b = row // T
+            length = tl.load(length_ptr + b) + T
+            tl.store(length_ptr + b, length)
+            tl.store(token_ptr + b, tl.maximum(token, 0))  # a step in flight reads some embedding
+            tl.store(ring_ptr + b * RING + length % RING, token)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _choose_kernel(
     chosen_ptr, best_ptr, best_id_ptr, token_ptr, length_ptr, ring_ptr, T,
@@ -56,20 +85,8 @@ def _choose_kernel(
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0)
-    tile = tl.arange(0, BLOCK_C)
-    best_C = tl.load(best_ptr + row * C + tile, mask=tile < C, other=float("-inf"))
-    id_C = tl.load(best_id_ptr + row * C + tile, mask=tile < C, other=V - 1)
-    best = tl.max(best_C, axis=0)
-    token = tl.min(tl.where(best_C == best, id_C, V - 1), axis=0)
-    token = tl.where(best > float("-inf"), token, _NO_TOKEN)
-    tl.store(chosen_ptr + row, token)
-    if ADVANCE:  # noqa: SIM102 - the first is known when compiling, the second is not
-        if row % T == T - 1:
-            b = row // T
-            length = tl.load(length_ptr + b) + T
-            tl.store(length_ptr + b, length)
-            tl.store(token_ptr + b, tl.maximum(token, 0))  # a step in flight reads some embedding
-            tl.store(ring_ptr + b * RING + length % RING, token)
+    token = best_token(best_ptr, best_id_ptr, row, C, BLOCK_C, V)
+    emit(token, row, chosen_ptr, token_ptr, length_ptr, ring_ptr, T, RING, ADVANCE)
 
 
 def embed(

@@ -81,6 +81,7 @@ class Recorder:
                 types[name], constants[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+                names[torch.int64] = "*i64"
                 types[name] = names[value.dtype]
             else:
                 # Otherwise Triton would compile other code for 1 and for multiples of 16.

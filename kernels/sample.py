@@ -1,0 +1,320 @@
+"""Sampling on the device: argmax of logits / temperature + Gumbel noise over the tokens kept.
+
+Legend: B sequences, M rows, V vocabulary, C tiles of V, W words of settings, G tiles of a block.
+
+The noise is Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (position at which the token
+will stand, token id, stream, request id), u = ((bits >> 9) + 0.5) · 2⁻²³, noise = −log(−log u). So
+the argmax draws from softmax(logits / temperature), and a draw depends on where it is made, not on
+who makes it. Ties go to the lowest id.
+
+`_race` scores V in tiles, many programs a row. `_decide`, one program a row, takes the winner. With
+top-k, top-p or min-p it does so without a sort:
+
+- top-k: the k-th largest of the tiles' maxima bounds the k-th largest score from below. In the
+  tiles that reach it, only k but for ties, the threshold is found by bisecting the bits of a float.
+  Ties with the k-th stay. With k > C every tile is searched, which is slow.
+- top-p and min-p keep a head of the order (score, then lower id). A token is in it if the mass
+  ahead is less than top-p of the whole, and if its weight is at least min-p of the largest. If the
+  winner is not in it, nothing behind is: the winner among those ahead is next. One pass over the
+  tiles weighs and elects at once, and 1 + log(1 / mass of the head) passes are expected at most.
+
+Every sum has an order made of the row's own values, so a token does not depend on the other rows.
+Settings are read from the device: new ones need no other kernel and no other graph.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from draftnorm.kernels.head import best_token, emit
+
+WARPS, GROUP = 32, 64  # warps of _decide, tiles of a block of its passes
+TILE = 128  # tokens of a tile
+WORDS = 7  # temperature, top-p, min-p (bits of fp64), top-k, seed, stream, request id
+BROKEN = -2  # in place of a token: the row's logits hold NaN
+_WORDS: tl.constexpr = tl.constexpr(WORDS)
+_BROKEN: tl.constexpr = tl.constexpr(BROKEN)
+_INF: tl.constexpr = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def noise_bits(position, token, setting_ptr):
+    """The first output word of Philox, uint32. Position, token and pointers broadcast."""
+    stream = tl.load(setting_ptr + 5).to(tl.uint32)
+    request = tl.load(setting_ptr + 6).to(tl.uint32)
+    return tl.philox(tl.load(setting_ptr + 4), position, token, stream, request)[0]
+
+
+@triton.jit
+def load_fraction(word_ptr):
+    return tl.load(word_ptr).to(tl.float64, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def noisy(logits, position, token, setting_ptr):
+    """Scores logits / temperature, and with noise: fp32 of the arguments' common shape.
+
+    For an epilogue, too: logits [W, R], position [1, R], token [W, 1], setting_ptr [1, R], which
+    must be readable for absent rows.
+    """
+    scores = tl.div_rn(logits, load_fraction(setting_ptr))
+    # Exact: 23 bits and a half. tl.log is accurate near 1, where the winners' u lie.
+    u = ((noise_bits(position, token, setting_ptr) >> 9).to(tl.float32) + 0.5) * (2.0**-23)
+    return scores, scores - tl.log(-tl.log(u))
+
+
+@triton.jit
+def best_of(noisy, token):
+    """The largest along axis 0 and its lowest id; (inf, BROKEN), which no token beats, for NaN."""
+    broken = noisy != noisy
+    noisy = tl.where(broken, _INF, noisy)
+    best = tl.max(noisy, axis=0)
+    token = tl.where(broken, _BROKEN, token)
+    return best, tl.min(tl.where(noisy == best, token, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _race_kernel(
+    best_ptr, best_id_ptr, scores_ptr, noisy_ptr, largest_ptr,
+    logits_ptr, position_ptr, settings_ptr, T,
+    V: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = tile * TILE + tl.arange(0, TILE)
+    place = row * V + token
+    position = tl.load(position_ptr + row) + 1
+    logits = tl.load(logits_ptr + place, mask=token < V, other=-_INF)
+    scores, noise = noisy(logits, position, token, settings_ptr + row // T * _WORDS)
+    tl.store(scores_ptr + place, scores, mask=token < V)
+    tl.store(noisy_ptr + place, noise, mask=token < V)
+    best, winner = best_of(noise, token)
+    slot = row * tl.cdiv(V, TILE) + tile
+    tl.store(best_ptr + slot, best)
+    tl.store(best_id_ptr + slot, winner)
+    tl.store(largest_ptr + slot, tl.max(scores, axis=0))
+
+
+@triton.jit
+def _flip(bits):
+    """Bits of a float to an integer of the same order, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _float(key):
+    return _flip(key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _middle(low, high):
+    return (low & high) + ((low ^ high) >> 1)  # (low + high) / 2 without overflow
+
+
+@triton.jit
+def _load_scores(
+    scores_ptr, live_ptr, first, count, V: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr
+):
+    """Ids [G, TILE] of live tiles from the first-th on, which of them are none, and their scores:
+    NaN, which passes no test, for those."""
+    place = first + tl.arange(0, G)
+    tile = tl.load(live_ptr + place, mask=place < count, other=0)
+    token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    ok = (place < count)[:, None] & (token < V)
+    return token, ok, tl.load(scores_ptr + token, mask=ok, other=float("nan"))
+
+
+@triton.jit
+def _ahead(
+    scores_ptr, noisy_ptr, live_ptr, count, largest, least, score, token,
+    V: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Of scores from `least` on: the mass of all, the mass ahead of (score, token), and the winner
+    of the race among the latter, or V if there are none."""
+    mass = tl.zeros([G, TILE], tl.float32)
+    before = tl.zeros([G, TILE], tl.float32)
+    best = tl.full([G, TILE], -_INF, tl.float32)
+    winner = tl.full([G, TILE], V, tl.int32)
+    for first in range(0, count, G):
+        other, ok, scores = _load_scores(scores_ptr, live_ptr, first, count, V, TILE, G)
+        noise = tl.load(noisy_ptr + other, mask=ok, other=-_INF)
+        ahead = (scores > score) | ((scores == score) & (other < token))
+        ahead &= scores >= least
+        weight = tl.exp(scores - largest)
+        mass += tl.where(scores >= least, weight, 0.0)
+        before += tl.where(ahead, weight, 0.0)
+        noise = tl.where(ahead, noise, -_INF)
+        winner = tl.where(noise > best, other, winner)
+        best = tl.maximum(noise, best)
+    winner = tl.where(best == tl.max(best), winner, V)
+    return tl.sum(mass), tl.sum(before), tl.min(winner)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _decide_kernel(
+    chosen_ptr, token_ptr, length_ptr, ring_ptr,
+    best_ptr, best_id_ptr, scores_ptr, noisy_ptr, largest_ptr, live_ptr, settings_ptr, T,
+    V: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr,
+    RING: tl.constexpr, ADVANCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    C: tl.constexpr = (V + TILE - 1) // TILE
+    token = best_token(best_ptr, best_id_ptr, row, C, BLOCK_C, V)
+    settings_ptr += row // T * _WORDS
+    top_p, min_p = load_fraction(settings_ptr + 1), load_fraction(settings_ptr + 2)
+    top_k = tl.minimum(tl.load(settings_ptr + 3), V).to(tl.int32)
+    if (token >= 0) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0)):
+        scores_ptr += row * V
+        noisy_ptr += row * V
+        live_ptr += row * C
+        tile = tl.arange(0, BLOCK_C)
+        largest_C = tl.load(largest_ptr + row * C + tile, mask=tile < C, other=-_INF)
+        largest = tl.max(largest_C, axis=0)
+        # At least top_k scores reach _float(low), fewer reach _float(high).
+        low = _flip(tl.cast(-_INF, tl.float32).to(tl.int32, bitcast=True))
+        high = _flip(largest.to(tl.int32, bitcast=True)) + 1
+        if (top_k > 0) & (top_k <= C):
+            above, reached = high, C
+            while (low + 1 < above) & (reached != top_k):
+                middle = _middle(low, above)
+                reaching = tl.sum((largest_C >= _float(middle)).to(tl.int32), axis=0)
+                if reaching >= top_k:
+                    low, reached = middle, reaching
+                else:
+                    above = middle
+        live_C = (tile < C) & (largest_C >= _float(low))
+        index_C = tl.cumsum(live_C.to(tl.int32), axis=0)
+        count = tl.max(index_C, axis=0)
+        tl.store(live_ptr + index_C - 1, tile, mask=live_C)
+        tl.debug_barrier()  # every thread's tiles are in the list before any thread reads it
+        if top_k > 0:
+            reached = V
+            while (low + 1 < high) & (reached != top_k):
+                middle = _middle(low, high)
+                reaching_GT = tl.zeros([G, TILE], tl.int32)
+                for first in range(0, count, G):
+                    _, _, scores = _load_scores(scores_ptr, live_ptr, first, count, V, TILE, G)
+                    reaching_GT += (scores >= _float(middle)).to(tl.int32)
+                reaching = tl.sum(reaching_GT)
+                if reaching >= top_k:
+                    low, reached = middle, reaching
+                else:
+                    high = middle
+        least = _float(low)
+        kept = top_k < 0  # not yet
+        while not kept:
+            score = tl.load(scores_ptr + token)
+            mass, before, leader = _ahead(
+                scores_ptr, noisy_ptr, live_ptr, count, largest, least, score, token, V, TILE, G
+            )  # fmt: skip
+            kept = (score >= least) & (tl.exp(score - largest) >= min_p)
+            kept &= (top_p >= 1.0) | (before < top_p * mass)
+            kept |= leader == V  # the first is always kept, also where infinities make NaN
+            token = tl.where(kept, token, leader)
+    emit(token, row, chosen_ptr, token_ptr, length_ptr, ring_ptr, RING, ADVANCE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleWorkspace:
+    """What the two kernels hand over. C tiles of V; allocated once, for the most rows of a step."""
+
+    best: tuple[Tensor, Tensor]  # of each tile with noise, fp32 and int32 [M, C]
+    scores_MV: Tensor  # logits / temperature, fp32
+    noisy_MV: Tensor  # and with noise
+    largest_MC: Tensor  # score of each tile, fp32
+    live_MC: Tensor  # the tiles of a row to search, int32
+    tile: int
+
+    @classmethod
+    def allocate(
+        cls, rows: int, vocabulary: int, device: torch.device, *, tile: int = TILE
+    ) -> "SampleWorkspace":
+        C = triton.cdiv(vocabulary, tile)
+
+        def buffer(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(rows, width, dtype=dtype, device=device)
+
+        return cls(
+            best=(buffer(C), buffer(C, torch.int32)),
+            scores_MV=buffer(vocabulary), noisy_MV=buffer(vocabulary),
+            largest_MC=buffer(C), live_MC=buffer(C, torch.int32), tile=tile,
+        )  # fmt: skip
+
+
+def pack_settings(
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    stream: int = 0,
+    request_id: int = 0,
+) -> Tensor:
+    """A request's settings as the kernels read them, int64 [7] on the host; temperature > 0."""
+    words = struct.pack(
+        "3d4Q", temperature, top_p, min_p, min(top_k, 2**31 - 1), seed, stream, request_id
+    )
+    return torch.frombuffer(bytearray(words), dtype=torch.int64)
+
+
+def sample(
+    chosen_M: Tensor,
+    logits_MV: Tensor,
+    positions_M: Tensor,
+    settings_BW: Tensor,
+    *,
+    workspace: SampleWorkspace,
+    rows: int,
+    rows_per_sequence: int,
+    pdl: dict[str, bool],
+    advance: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """Launch: fp32 logits [M, V] -> the token after each row, int32 [M], or BROKEN where they hold
+    NaN. Nothing is allocated; only V and the dtype decide what is compiled.
+
+    Row m stands at positions_M[m] (int32) and its token at the next one; it belongs to sequence
+    m // rows_per_sequence, whose settings (int64 [B, 7], `pack_settings`) hold. `advance` is that
+    of `head.choose`: (tokens_B, lengths_B, ring [B, slots]) makes it the end of a plain step.
+    """
+    V, tile = logits_MV.shape[1], workspace.tile
+    C = triton.cdiv(V, tile)
+    scored = (*workspace.best, workspace.scores_MV, workspace.noisy_MV, workspace.largest_MC)
+    _race_kernel[(C, rows)](
+        *scored, logits_MV, positions_M, settings_BW, rows_per_sequence, V, tile,
+        num_warps=1, **pdl,
+    )  # fmt: skip
+    tokens_B, lengths_B, ring = advance or (None, None, None)
+    _decide_kernel[(rows,)](
+        chosen_M, tokens_B, lengths_B, ring, *scored, workspace.live_MC, settings_BW,
+        rows_per_sequence,
+        V, tile, GROUP, triton.next_power_of_2(C), 0 if ring is None else ring.shape[1],
+        advance is not None, num_warps=WARPS, **pdl,
+    )  # fmt: skip
+
+
+def sample_reference(logits_V: Tensor, noise_V: Tensor, settings_W: Tensor) -> int:
+    """The definition for one row, given its Gumbel noise; weights in fp64."""
+    temperature, top_p, min_p = settings_W[:3].view(torch.float64).tolist()
+    top_k = int(settings_W[3])
+    if logits_V.isnan().any():
+        return BROKEN
+    scores_V, ids_V = (logits_V / temperature).sort(descending=True, stable=True)
+    weights_V = (scores_V - scores_V[0]).double().exp()
+    if top_k:
+        weights_V[scores_V < scores_V[min(top_k, len(scores_V)) - 1]] = 0
+    kept_V = (weights_V > 0) & (weights_V >= min_p)
+    if top_p < 1:
+        kept_V &= weights_V.cumsum(0) - weights_V < top_p * weights_V.sum()
+    noisy_V = torch.where(kept_V, scores_V + noise_V[ids_V], -torch.inf)
+    return int(ids_V[noisy_V == noisy_V.max()].min())

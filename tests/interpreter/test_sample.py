@@ -1,0 +1,202 @@
+"""Sampling kernels against decoding.noise and decoding.sampling, which define what they draw."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from decode_support import NO_PDL, needs_run_time_loops, random
+from scipy.stats import chisquare
+from torch import Tensor
+
+from draftnorm.decoding.noise import DRAFT, EXACT, Noise
+from draftnorm.decoding.sampling import Sampler, SamplingConfig, warp
+from draftnorm.kernels.sample import (
+    BROKEN,
+    SampleWorkspace,
+    best_of,
+    noise_bits,
+    noisy,
+    pack_settings,
+    sample,
+    sample_reference,
+)
+
+SETTINGS = [
+    dict(temperature=t, top_k=k, top_p=p, min_p=m)
+    for t in (0.4, 1.0, 1.9)
+    for k in (0, 1, 3, 7, 1000)
+    for p in (1.0, 1e-6, 0.5, 0.9)
+    for m in (0.0, 0.1, 1.0)
+]
+V = 97
+
+
+def draw(
+    logits_MV: Tensor, positions: list[int], settings: list[dict], *, tile: int = 16, **options
+) -> list[int]:
+    """Tokens for these positions, row by row; fewer settings than rows are shared by neighbours."""
+    M = len(logits_MV)
+    chosen = torch.full((M,), -7, dtype=torch.int32)
+    options = {
+        "workspace": SampleWorkspace.allocate(M, logits_MV.shape[1], "cpu", tile=tile)
+    } | options
+    sample(
+        chosen, logits_MV, torch.tensor(positions, dtype=torch.int32) - 1,
+        torch.stack([pack_settings(**one) for one in settings]),
+        rows=M, rows_per_sequence=M // len(settings), pdl=NO_PDL, **options,
+    )  # fmt: skip
+    return chosen.tolist()
+
+
+def make_rows(count: int) -> Tensor:
+    """Smooth rows, rows of ties and rows with excluded tokens by turns."""
+    rows_MV = random(count, V) * 3
+    rows_MV[1::3] = rows_MV[1::3].round()
+    rows_MV[2::3][random(len(rows_MV[2::3]), V, seed=1) > 0.5] = -math.inf
+    return rows_MV
+
+
+@triton.jit
+def _bits_kernel(out_ptr, position_ptr, token_ptr, settings_ptr):
+    tl.store(out_ptr, noise_bits(tl.load(position_ptr), tl.load(token_ptr), settings_ptr))
+
+
+# counter, key, first output word: "philox4x32 10" of Random123's kat_vectors.
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        ((0, 0, 0, 0), 0, 0x6627E8D5),
+        ((2**32 - 1,) * 4, 2**64 - 1, 0x408F276D),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0_A4093822, 0xD16CFE09),
+    ],
+)
+def test_the_known_answers_of_philox(counter: tuple[int, ...], key: int, answer: int) -> None:
+    position, token, stream, request = counter
+    settings = pack_settings(temperature=1.0, seed=key, stream=stream, request_id=request)
+    out, place, tokens = (
+        torch.tensor([word], dtype=torch.int64).to(torch.int32) for word in (0, position, token)
+    )
+    _bits_kernel[(1,)](out, place, tokens, settings)
+    assert int(out) & 0xFFFFFFFF == answer
+
+
+@needs_run_time_loops
+def test_every_setting_draws_what_the_sampler_draws() -> None:
+    """All settings in one call, a row each: nothing about a request is compiled in."""
+    logits_MV, rng = make_rows(len(SETTINGS)), np.random.default_rng(0)
+    places = [
+        dict(seed=int(rng.integers(2**64, dtype=np.uint64)), stream=i % 4, request_id=i << 24)
+        for i in range(len(SETTINGS))
+    ]
+    positions = rng.integers(1, 2**31, len(SETTINGS)).tolist()
+    settings = [one | place for one, place in zip(SETTINGS, places, strict=True)]
+    tokens = draw(logits_MV, positions, settings)
+    for m, (token, place) in enumerate(zip(tokens, places, strict=True)):
+        noise_V = Noise(place["seed"], place["request_id"]).gumbel(
+            positions[m], np.arange(V), place["stream"]
+        )
+        race_V = warp(logits_MV[m], SamplingConfig(**SETTINGS[m])) + torch.from_numpy(noise_V)
+        # Scores and noise are below 32, where one rounding is 2⁻²⁰, one of a logarithm's two: a
+        # token that is behind by the four of a sum may win. One that was excluded may not.
+        assert race_V[token] >= race_V.max() - 2**-18, SETTINGS[m]
+
+
+def test_the_reference_draws_what_the_sampler_draws() -> None:
+    logits_MV = make_rows(20 * len(SETTINGS))
+    for m, row_V in enumerate(logits_MV):
+        config = SETTINGS[m // 20]
+        sampler = Sampler(SamplingConfig(**config, seed=m), request_id=7)
+        noise_V = torch.from_numpy(sampler.noise.gumbel(m, np.arange(V), EXACT))
+        expected = sampler.sample(row_V, m)
+        assert sample_reference(row_V, noise_V, pack_settings(**config)) == expected, config
+
+
+@needs_run_time_loops
+@pytest.mark.parametrize("config", [dict(), dict(top_k=4, top_p=0.9)], ids=["pure", "warped"])
+def test_draws_follow_the_warped_distribution(config: dict) -> None:
+    """χ² of 300 positions against softmax; 0.1 % of correct samplers would fail, seed fixed."""
+    config = dict(temperature=0.8, seed=3) | config
+    row_V, count = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5, -3.0]), 300
+    tokens = draw(row_V.expand(count, 6).contiguous(), list(range(1, count + 1)), [config], tile=4)
+    counts = np.bincount(tokens, minlength=6)
+    expected = warp(row_V, SamplingConfig(**config)).softmax(-1).double().numpy() * count
+    assert counts[expected == 0].sum() == 0
+    live = expected > 0
+    assert chisquare(counts[live], expected[live], sum_check=False).pvalue > 1e-3
+
+
+@needs_run_time_loops
+def test_top_p_cuts_through_equals_exactly_at_the_lowest_ids() -> None:
+    """Sixteen equal tokens: at 0.5 the ninth has exactly half of the mass ahead of it, and goes."""
+    settings = [dict(temperature=1.0, top_p=0.5)]
+    tokens = draw(torch.zeros(60, 16), list(range(1, 61)), settings, tile=4)
+    assert set(tokens) == set(range(8))
+
+
+@needs_run_time_loops
+def test_a_row_has_the_same_token_and_bits_in_any_company() -> None:
+    logits_MV, settings = make_rows(9), dict(temperature=0.9, top_k=5, top_p=0.8, seed=1)
+    positions = list(range(40, 49))
+    together = SampleWorkspace.allocate(9, V, "cpu", tile=16)
+    tokens = draw(logits_MV, positions, [settings], workspace=together)
+    for m in range(9):
+        alone = SampleWorkspace.allocate(1, V, "cpu", tile=16)
+        one = draw(logits_MV[m : m + 1], positions[m : m + 1], [settings], workspace=alone)
+        assert one == tokens[m : m + 1]
+        assert torch.equal(alone.noisy_MV[0], together.noisy_MV[m])
+
+
+@needs_run_time_loops
+@pytest.mark.parametrize("config", [dict(), dict(top_k=3), dict(top_p=0.5), dict(min_p=0.1)])
+def test_nan_is_marked_and_stays_in_its_row(config: dict) -> None:
+    config = dict(temperature=1.0) | config
+    logits_MV = make_rows(3)
+    expected = draw(logits_MV, [5, 6, 7], [config])
+    logits_MV[1, 50] = math.nan
+    assert draw(logits_MV, [5, 6, 7], [config]) == [expected[0], BROKEN, expected[2]]
+
+
+@needs_run_time_loops
+def test_a_plain_step_moves_its_sequences_on() -> None:
+    logits_MV = make_rows(3)
+    logits_MV[2, 0] = math.nan
+    tokens, lengths = (torch.tensor(row, dtype=torch.int32) for row in ([9, 9, 9], [4, 7, 5]))
+    ring = torch.full((3, 4), -1, dtype=torch.int32)
+    settings = [dict(temperature=1.0, seed=b, stream=DRAFT) for b in range(3)]
+    first, second, broken = draw(logits_MV, [5, 8, 6], settings, advance=(tokens, lengths, ring))
+    assert broken == BROKEN
+    assert tokens.tolist() == [first, second, 0]  # what the next step looks up must exist
+    assert lengths.tolist() == [5, 8, 6]
+    assert ring.tolist() == [[-1, first, -1, -1], [second, -1, -1, -1], [-1, -1, BROKEN, -1]]
+
+
+@triton.jit
+def _epilogue_kernel(
+    best_ptr, best_id_ptr, logits_ptr, position_ptr, settings_ptr,
+    V: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    row, token = tl.arange(0, R)[None, :], tl.arange(0, W)[:, None]
+    logits = tl.load(logits_ptr + row * V + token, mask=token < V, other=-float("inf"))
+    position = tl.load(position_ptr + row)
+    _, noise = noisy(logits, position, token, settings_ptr + row * 7)
+    best, winner = best_of(noise, token)
+    tl.store(best_ptr + tl.arange(0, R), best)
+    tl.store(best_id_ptr + tl.arange(0, R), winner)
+
+
+@needs_run_time_loops
+def test_an_epilogue_over_columns_of_rows_draws_the_same() -> None:
+    logits_MV = make_rows(4)
+    logits_MV[3, 5] = math.nan
+    settings = [dict(temperature=0.5 + b, seed=b) for b in range(4)]
+    workspace = SampleWorkspace.allocate(4, V, "cpu", tile=128)
+    tokens = draw(logits_MV, [3, 4, 5, 6], settings, workspace=workspace)
+    best, winner = torch.empty(4), torch.empty(4, dtype=torch.int32)
+    positions = torch.tensor([3, 4, 5, 6], dtype=torch.int32)
+    packed = torch.stack([pack_settings(**one) for one in settings])
+    _epilogue_kernel[(1,)](best, winner, logits_MV, positions, packed, V, 128, 4)
+    assert winner.tolist() == tokens
+    assert torch.equal(best, workspace.best[0][:, 0])

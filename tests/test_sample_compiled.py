@@ -1,0 +1,51 @@
+"""What the sampling kernels compile to for sm_90, without a GPU."""
+
+import re
+
+import pytest
+import torch
+from test_decode_compiled import Launch, Recorder
+
+from draftnorm.kernels import decode_norm, sample
+
+pytestmark = pytest.mark.skipif(decode_norm.INTERPRETED, reason="compiles for a GPU")
+VOCABULARY = 128256
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    recorded: list[Launch] = []
+    for name in ("_race_kernel", "_decide_kernel"):
+        monkeypatch.setattr(sample, name, Recorder(getattr(sample, name), recorded))
+    return recorded
+
+
+def launch(rows: int, rows_per_sequence: int, *, plain: bool = False) -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    sample.sample(
+        meta(rows), meta(rows, VOCABULARY, dtype=torch.float32), meta(rows),
+        meta(rows // rows_per_sequence, sample.WORDS, dtype=torch.int64),
+        workspace=sample.SampleWorkspace.allocate(rows, VOCABULARY, "meta"), rows=rows,
+        rows_per_sequence=rows_per_sequence, pdl={"PDL": True, "launch_pdl": True},
+        advance=(meta(rows), meta(rows), meta(rows, 64)) if plain else None,
+    )  # fmt: skip
+
+
+def test_the_number_of_rows_compiles_nothing_new(launches: list[Launch]) -> None:
+    for rows, rows_per_sequence in ((1, 1), (5, 5), (16, 16), (16, 1), (64, 4), (144, 9)):
+        launch(rows, rows_per_sequence)
+    assert len(set(launches)) == 2
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_nothing_is_touched_before_the_wait(launches: list[Launch], plain: bool) -> None:
+    launch(1, 1, plain=plain)
+    for one in launches:
+        before, *after = one.ptx().split("griddepcontrol.wait")
+        assert len(after) == 1
+        assert not re.search(r"\b(ld|st|atom|red)\.global", before)
+        assert "griddepcontrol.launch_dependents" in after[0]
+        assert ".local" not in after[0]  # no array of a thread lives in memory
+        assert "lg2.approx" not in after[0]  # wrong near u = 1, where the winners are
