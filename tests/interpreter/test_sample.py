@@ -85,23 +85,24 @@ def test_the_known_answers_of_philox(counter: tuple[int, ...], key: int, answer:
 
 @needs_run_time_loops
 def test_every_setting_draws_what_the_sampler_draws() -> None:
-    """All settings in one call, a row each: nothing about a request is compiled in."""
-    logits_MV, rng = make_rows(len(SETTINGS)), np.random.default_rng(0)
+    """Many settings in one call, a row each: nothing about a request is compiled in."""
+    some = SETTINGS[::2]
+    logits_MV, rng = make_rows(len(some)), np.random.default_rng(0)
     places = [
         dict(seed=int(rng.integers(2**64, dtype=np.uint64)), stream=i % 4, request_id=i << 24)
-        for i in range(len(SETTINGS))
+        for i in range(len(some))
     ]
-    positions = rng.integers(1, 2**31, len(SETTINGS)).tolist()
-    settings = [one | place for one, place in zip(SETTINGS, places, strict=True)]
+    positions = rng.integers(1, 2**31, len(some)).tolist()
+    settings = [one | place for one, place in zip(some, places, strict=True)]
     tokens = draw(logits_MV, positions, settings)
     for m, (token, place) in enumerate(zip(tokens, places, strict=True)):
         noise_V = Noise(place["seed"], place["request_id"]).gumbel(
             positions[m], np.arange(V), place["stream"]
         )
-        race_V = warp(logits_MV[m], SamplingConfig(**SETTINGS[m])) + torch.from_numpy(noise_V)
-        # Scores and noise are below 32, where one rounding is 2⁻²⁰, one of a logarithm's two: a
-        # token that is behind by the four of a sum may win. One that was excluded may not.
-        assert race_V[token] >= race_V.max() - 2**-18, SETTINGS[m]
+        race_V = warp(logits_MV[m], SamplingConfig(**some[m])) + torch.from_numpy(noise_V)
+        # Scores and noise are below 32, where a rounding is at most 2⁻²⁰. Four make a noisy score
+        # (quotient, logarithms, sum): a token behind by them may win, an excluded one may not.
+        assert race_V[token] >= race_V.max() - 2**-18, some[m]
 
 
 def test_the_reference_draws_what_the_sampler_draws() -> None:
@@ -117,9 +118,9 @@ def test_the_reference_draws_what_the_sampler_draws() -> None:
 @needs_run_time_loops
 @pytest.mark.parametrize("config", [dict(), dict(top_k=4, top_p=0.9)], ids=["pure", "warped"])
 def test_draws_follow_the_warped_distribution(config: dict) -> None:
-    """χ² of 300 positions against softmax; 0.1 % of correct samplers would fail, seed fixed."""
+    """χ² of 200 positions against softmax; 0.1 % of correct samplers would fail, seed fixed."""
     config = dict(temperature=0.8, seed=3) | config
-    row_V, count = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5, -3.0]), 300
+    row_V, count = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5, -3.0]), 200
     tokens = draw(row_V.expand(count, 6).contiguous(), list(range(1, count + 1)), [config], tile=4)
     counts = np.bincount(tokens, minlength=6)
     expected = warp(row_V, SamplingConfig(**config)).softmax(-1).double().numpy() * count
@@ -132,7 +133,7 @@ def test_draws_follow_the_warped_distribution(config: dict) -> None:
 def test_top_p_cuts_through_equals_exactly_at_the_lowest_ids() -> None:
     """Sixteen equal tokens: at 0.5 the ninth has exactly half of the mass ahead of it, and goes."""
     settings = [dict(temperature=1.0, top_p=0.5)]
-    tokens = draw(torch.zeros(60, 16), list(range(1, 61)), settings, tile=4)
+    tokens = draw(torch.zeros(40, 16), list(range(1, 41)), settings, tile=4)
     assert set(tokens) == set(range(8))
 
 
