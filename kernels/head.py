@@ -47,9 +47,7 @@ def _embed_kernel(
 
 
 @triton.jit
-def best_token(
-    best_ptr, best_id_ptr, row, C: tl.constexpr, BLOCK_C: tl.constexpr, V: tl.constexpr
-):
+def best_token(best_ptr, best_id_ptr, row, C: tl.constexpr, BLOCK_C: tl.constexpr, V: tl.constexpr):
     """The lowest id among the best tiles of a row, or NO_TOKEN."""
     tile = tl.arange(0, BLOCK_C)
     best_C = tl.load(best_ptr + row * C + tile, mask=tile < C, other=float("-inf"))

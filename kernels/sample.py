@@ -31,14 +31,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from draftnorm.kernels.head import best_token, emit
+from draftnorm.kernels.head import NO_TOKEN, best_token, emit
 
 WARPS, GROUP = 32, 64  # warps of _decide, tiles of a block of its passes
 TILE = 128  # tokens of a tile
 WORDS = 7  # temperature, top-p, min-p (bits of fp64), top-k, seed, stream, request id
-BROKEN = -2  # in place of a token: the row's logits hold NaN
 _WORDS: tl.constexpr = tl.constexpr(WORDS)
-_BROKEN: tl.constexpr = tl.constexpr(BROKEN)
+_NO_TOKEN: tl.constexpr = tl.constexpr(NO_TOKEN)
 _INF: tl.constexpr = tl.constexpr(float("inf"))
 
 
@@ -70,11 +69,11 @@ def noisy(logits, position, token, setting_ptr):
 
 @triton.jit
 def best_of(noisy, token):
-    """The largest along axis 0 and its lowest id; (inf, BROKEN), which no token beats, for NaN."""
+    """The largest along axis 0 and its lowest id; for NaN (inf, NO_TOKEN), which nothing beats."""
     broken = noisy != noisy
     noisy = tl.where(broken, _INF, noisy)
     best = tl.max(noisy, axis=0)
-    token = tl.where(broken, _BROKEN, token)
+    token = tl.where(broken, _NO_TOKEN, token)
     return best, tl.min(tl.where(noisy == best, token, 0x7FFFFFFF), axis=0)
 
 
@@ -221,7 +220,7 @@ def _decide_kernel(
             kept &= (top_p >= 1.0) | (before < top_p * mass)
             kept |= leader == V  # the first is always kept, also where infinities make NaN
             token = tl.where(kept, token, leader)
-    emit(token, row, chosen_ptr, token_ptr, length_ptr, ring_ptr, RING, ADVANCE)
+    emit(token, row, chosen_ptr, token_ptr, length_ptr, ring_ptr, T, RING, ADVANCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,12 +279,12 @@ def sample(
     pdl: dict[str, bool],
     advance: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """Launch: fp32 logits [M, V] -> the token after each row, int32 [M], or BROKEN where they hold
-    NaN. Nothing is allocated; only V and the dtype decide what is compiled.
+    """Launch: fp32 logits [M, V] -> the token after each row, int32 [M], or NO_TOKEN where they
+    hold NaN or nothing finite. Nothing is allocated; V alone decides what is compiled.
 
     Row m stands at positions_M[m] (int32) and its token at the next one; it belongs to sequence
-    m // rows_per_sequence, whose settings (int64 [B, 7], `pack_settings`) hold. `advance` is that
-    of `head.choose`: (tokens_B, lengths_B, ring [B, slots]) makes it the end of a plain step.
+    m // rows_per_sequence, whose settings (int64 [B, 7], `pack_settings`) hold. `advance` =
+    (tokens_M, lengths_B, ring [B, slots]), as in `head.choose`, makes it the end of a plain step.
     """
     V, tile = logits_MV.shape[1], workspace.tile
     C = triton.cdiv(V, tile)
@@ -294,9 +293,9 @@ def sample(
         *scored, logits_MV, positions_M, settings_BW, rows_per_sequence, V, tile,
         num_warps=1, **pdl,
     )  # fmt: skip
-    tokens_B, lengths_B, ring = advance or (None, None, None)
+    tokens_M, lengths_B, ring = advance or (None, None, None)
     _decide_kernel[(rows,)](
-        chosen_M, tokens_B, lengths_B, ring, *scored, workspace.live_MC, settings_BW,
+        chosen_M, tokens_M, lengths_B, ring, *scored, workspace.live_MC, settings_BW,
         rows_per_sequence,
         V, tile, GROUP, triton.next_power_of_2(C), 0 if ring is None else ring.shape[1],
         advance is not None, num_warps=WARPS, **pdl,
@@ -307,8 +306,8 @@ def sample_reference(logits_V: Tensor, noise_V: Tensor, settings_W: Tensor) -> i
     """The definition for one row, given its Gumbel noise; weights in fp64."""
     temperature, top_p, min_p = settings_W[:3].view(torch.float64).tolist()
     top_k = int(settings_W[3])
-    if logits_V.isnan().any():
-        return BROKEN
+    if logits_V.isnan().any() or logits_V.max() == -torch.inf:
+        return NO_TOKEN
     scores_V, ids_V = (logits_V / temperature).sort(descending=True, stable=True)
     weights_V = (scores_V - scores_V[0]).double().exp()
     if top_k:

@@ -11,7 +11,8 @@ from torch import Tensor
 from draftnorm.decoding.noise import EXACT, Noise
 from draftnorm.decoding.sampling import SamplingConfig, warp
 from draftnorm.kernels.decode_norm import pdl_options
-from draftnorm.kernels.sample import BROKEN, SampleWorkspace, pack_settings, sample
+from draftnorm.kernels.head import NO_TOKEN
+from draftnorm.kernels.sample import SampleWorkspace, pack_settings, sample
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,4 +123,4 @@ def test_a_captured_graph_follows_new_settings_and_marks_nan() -> None:
         assert torch.equal(chosen.cpu(), expected), config
     held[0][2, 40_000] = math.nan
     graph.replay()
-    assert (chosen.cpu() == BROKEN).tolist() == [False, False, True, False, False]
+    assert (chosen.cpu() == NO_TOKEN).tolist() == [False, False, True, False, False]

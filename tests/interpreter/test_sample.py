@@ -13,8 +13,8 @@ from torch import Tensor
 
 from draftnorm.decoding.noise import DRAFT, EXACT, Noise
 from draftnorm.decoding.sampling import Sampler, SamplingConfig, warp
+from draftnorm.kernels.head import NO_TOKEN
 from draftnorm.kernels.sample import (
-    BROKEN,
     SampleWorkspace,
     best_of,
     noise_bits,
@@ -152,12 +152,13 @@ def test_a_row_has_the_same_token_and_bits_in_any_company() -> None:
 
 @needs_run_time_loops
 @pytest.mark.parametrize("config", [dict(), dict(top_k=3), dict(top_p=0.5), dict(min_p=0.1)])
-def test_nan_is_marked_and_stays_in_its_row(config: dict) -> None:
+def test_no_token_is_marked_and_stays_in_its_row(config: dict) -> None:
     config = dict(temperature=1.0) | config
     logits_MV = make_rows(3)
     expected = draw(logits_MV, [5, 6, 7], [config])
-    logits_MV[1, 50] = math.nan
-    assert draw(logits_MV, [5, 6, 7], [config]) == [expected[0], BROKEN, expected[2]]
+    for nothing, where in ((math.nan, 50), (-math.inf, slice(None))):
+        logits_MV[1, where] = nothing
+        assert draw(logits_MV, [5, 6, 7], [config]) == [expected[0], NO_TOKEN, expected[2]]
 
 
 @needs_run_time_loops
@@ -168,10 +169,10 @@ def test_a_plain_step_moves_its_sequences_on() -> None:
     ring = torch.full((3, 4), -1, dtype=torch.int32)
     settings = [dict(temperature=1.0, seed=b, stream=DRAFT) for b in range(3)]
     first, second, broken = draw(logits_MV, [5, 8, 6], settings, advance=(tokens, lengths, ring))
-    assert broken == BROKEN
+    assert broken == NO_TOKEN
     assert tokens.tolist() == [first, second, 0]  # what the next step looks up must exist
     assert lengths.tolist() == [5, 8, 6]
-    assert ring.tolist() == [[-1, first, -1, -1], [second, -1, -1, -1], [-1, -1, BROKEN, -1]]
+    assert ring.tolist() == [[-1, first, -1, -1], [second, -1, -1, -1], [-1, -1, NO_TOKEN, -1]]
 
 
 @triton.jit
