@@ -122,7 +122,7 @@ class ModelDrafter:
             model.config, capacity=self._context, device=model.device, dtype=model.dtype
         )
         first = (2, 1)  # rows of the first step, and of every other
-        self._engine = open_step(
+        self.engine = open_step(
             model,
             self._cache,
             blocks=() if sampler.greedy else first,
@@ -160,12 +160,12 @@ class ModelDrafter:
         if length < 1 or self._lost:
             return [], None
         self._cache.rollback(len(self._tokens) - 2)
-        if self._sampler.greedy and isinstance(self._engine, DecodeStep):
-            chosen = self._engine.greedy(rows, length)
+        if self._sampler.greedy and isinstance(self.engine, DecodeStep):
+            chosen = self.engine.greedy(rows, length)
             self._drafts = [checked(d, len(self._tokens) + i) for i, d in enumerate(chosen)]
             return list(self._drafts), None
         for position in range(len(self._tokens), len(self._tokens) + length):
-            logits_V = self._engine.forward([rows])[0, -1]
+            logits_V = self.engine.forward([rows])[0, -1]
             if self._stream == DRAFT:
                 warped_V = warp(logits_V, self._sampler.sampling)
                 q_NV.append(warped_V.softmax(-1))

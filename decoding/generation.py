@@ -33,7 +33,7 @@ def generate(
 
     Prompt and options are those of `Request.of`, ValueErrors included.
     """
-    request = Request.of(model, tokenizer, prompt, **options)
+    request = Request.of(model.config, tokenizer, prompt, **options)
     return Generation(request, PlainDecoder(model, request))
 
 
@@ -52,6 +52,7 @@ class PlainDecoder:
         is cache beyond the user's limit, for drafts that will not all be kept.
         """
         self.model, self.sampler, self.clock = model, request.sampler, request.clock
+        self._progress = request.progress
         self.cache = KVCache(
             model.config,
             capacity=request.longest + slack,
@@ -67,13 +68,15 @@ class PlainDecoder:
             lengths=range(len(request.prompt_ids), request.longest + slack + 1),
             progress=request.progress,
         )
+        self.compile_seconds = self.engine.compile_seconds
+        self.capture_seconds = self.engine.capture_seconds
         self._ahead: Iterator[int] | None = None  # greedy tokens that the device chose meanwhile
         self.prefill_seconds: dict[str, float | None] = {"target": None, "draft": None}
 
     def prefill(self, tokens: Sequence[int]) -> list[int]:
         """Read the prompt; the first block is the token that follows it."""
         start = self.clock()
-        logits_V = self.model.prefill(tokens, self.cache)
+        logits_V = self.model.prefill(tokens, self.cache, progress=self._progress)
         block = [self.sampler.sample(logits_V, position=len(tokens))]
         self.prefill_seconds["target"] = self.clock() - start
         return block
@@ -152,4 +155,6 @@ class Generation(Iterator[Chunk]):
             seconds=self._seconds,
             tokens_per_second=timed / self._seconds if timed > 0 and self._seconds else None,
             speculation=self.decoder.statistics(max(timed, 0)),
+            compile_seconds=self.decoder.compile_seconds,
+            capture_seconds=self.decoder.capture_seconds,
         )

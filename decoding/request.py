@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from draftnorm.decoding.sampling import Sampler, SamplingConfig
 from draftnorm.kernels.compilation import Progress
+from draftnorm.model.config import ModelConfig
 from draftnorm.model.tokenizer import Tokenizer
-from draftnorm.model.transformer import Transformer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class Request:
     @classmethod
     def of(
         cls,
-        model: Transformer,
+        config: ModelConfig,
         tokenizer: Tokenizer | None,
         prompt: str | Sequence[int],
         *,
@@ -55,7 +55,7 @@ class Request:
         if isinstance(prompt, str):
             prompt = _encode(tokenizer, prompt, chat, system)
         prompt_ids = tuple(map(operator.index, prompt))
-        most, size = model.config.context, model.config.vocab_size
+        most, size = config.context, config.vocab_size
         limit = most if context is None else context
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not prompt_ids:
@@ -73,7 +73,7 @@ class Request:
             raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
         if stop and (tokenizer is None or not all(stop)):
             raise ValueError("stop strings must not be empty, and need a tokenizer")
-        eos = (model.config if tokenizer is None else tokenizer).eos_token_ids
+        eos = (config if tokenizer is None else tokenizer).eos_token_ids
         return cls(
             prompt_ids=prompt_ids,
             tokenizer=tokenizer,

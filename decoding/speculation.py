@@ -61,7 +61,7 @@ def speculate(
     if acceptance not in ACCEPTANCE:
         raise ValueError(f"acceptance must be one of {', '.join(ACCEPTANCE)}, not {acceptance!r}")
     length = AutoDraftLength() if draft_length == "auto" else FixedDraftLength(draft_length)
-    request = Request.of(model, tokenizer, prompt, **options)
+    request = Request.of(model.config, tokenizer, prompt, **options)
     if request.sampler.greedy:
         acceptance = "exact"  # at temperature 0 both rules are the same
     drafter = draft
@@ -98,6 +98,9 @@ class SpeculativeDecoder(PlainDecoder):
         blocks = range(1, length.most + 2)  # the last committed token and up to so many drafts
         super().__init__(model, request, blocks=blocks, slack=MAX_DRAFT_LENGTH)
         self._drafter, self._length, self._acceptance = drafter, length, acceptance
+        if isinstance(drafter, ModelDrafter) and drafter.engine.compile_seconds is not None:
+            self.compile_seconds += drafter.engine.compile_seconds
+            self.capture_seconds += drafter.engine.capture_seconds
         self._told = 0  # committed tokens that the drafter knows of
         self._cycles: list[Cycle] = []
         self._looks_up = isinstance(drafter, NgramDrafter)

@@ -91,6 +91,7 @@ class Result:
     `text` ends before a stop token or stop string. `token_ids` includes the stop token; at a stop
     string it ends with the token in which the kept text ends. `seconds` is decoding alone, from
     the first token to the last, first cycle included; it does not count time spent by the caller.
+    On a GPU kernels were compiled and graphs captured before, which no other time includes.
     """
 
     text: str
@@ -102,6 +103,8 @@ class Result:
     seconds: float
     tokens_per_second: float | None  # over `seconds`, hence without the first token
     speculation: SpeculationStatistics | None
+    compile_seconds: float | None = None
+    capture_seconds: float | None = None
 
     def to_json(self) -> dict:
         """The same as plain dictionaries, lists and numbers."""

@@ -6,6 +6,7 @@ A query at position p sees keys max(0, p - window + 1) … p.
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -30,20 +31,32 @@ def block_attention(
 ) -> Tensor:
     """Attention of the last T of S positions over all S; differentiable. Returns [B, T, H, K]."""
     T, S = q_BTHK.shape[1], k_BGSK.shape[2]
+    q_BHTK, grouped = q_BTHK.transpose(1, 2), q_BTHK.shape[2] != k_BGSK.shape[1]
+    everything = window is None or window >= S
+    if (
+        q_BTHK.is_cuda
+        and T != S
+        and everything
+        and can_use_flash_attention(SDPAParams(q_BHTK, k_BGSK, v_BGSK, None, 0.0, False, grouped))
+    ):
+        # To the library's flash kernel "causal" means that the last query sees the last key, which
+        # scaled_dot_product_attention cannot say: given a mask, it takes a slower kernel.
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(q_BHTK, k_BGSK, v_BGSK, is_causal=True)[0].transpose(1, 2)
     mask_TS = None
-    if T != S or (window is not None and window < S):
+    if T != S or not everything:
         query_T1 = torch.arange(S - T, S, device=q_BTHK.device)[:, None]
         key_S = torch.arange(S, device=q_BTHK.device)
         mask_TS = key_S <= query_T1
         if window is not None:
             mask_TS &= key_S > query_T1 - window
     out_BHTK = scaled_dot_product_attention(
-        q_BTHK.transpose(1, 2),
+        q_BHTK,
         k_BGSK,
         v_BGSK,
         attn_mask=mask_TS,
         is_causal=mask_TS is None,
-        enable_gqa=q_BTHK.shape[2] != k_BGSK.shape[1],
+        enable_gqa=grouped,
     )
     return out_BHTK.transpose(1, 2)
 

@@ -35,10 +35,8 @@ class KVCache:
             raise ValueError(
                 f"a cache needs batch and capacity of at least 1: {batch=} {capacity=}"
             )
-        # A library's bits may depend on how its operands are aligned. With heads a multiple of 64
-        # bytes apart, that of a key depends on its position, not on capacity, slot or head.
-        shape = (batch, config.num_kv_heads, -(-capacity // 64) * 64, config.head_size)
-        needed = 2 * len(config.windows) * math.prod(shape) * dtype.itemsize
+        shape = _shape(config, batch, capacity)
+        needed = cache_bytes(config, batch, capacity, dtype)
         free = free_bytes(torch.device(device))
         if needed > free:  # Linux would promise it all the same, and kill us once we wrote
             raise ValueError(
@@ -73,6 +71,17 @@ class KVCache:
         fullest_first = sorted(range(len(self.lengths)), key=lambda b: -self.lengths[b])
         spans = {b: self.extend(count, b) for b in fullest_first}
         return [spans[b] for b in range(len(self.lengths))]
+
+
+def _shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, ...]:
+    # A library's bits may depend on how its operands are aligned. With heads a multiple of 64
+    # bytes apart, that of a key depends on its position, not on capacity, slot or head.
+    return batch, config.num_kv_heads, -(-capacity // 64) * 64, config.head_size
+
+
+def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:
+    """What the keys and values of a KVCache take."""
+    return 2 * len(config.windows) * math.prod(_shape(config, batch, capacity)) * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, silu
 
 from draftnorm.kernels.attention import block_attention, row_attention
+from draftnorm.kernels.compilation import Progress
 from draftnorm.kernels.experts import grouped_experts, route, tile_experts
 from draftnorm.kernels.linear import row_tile, tile_linear
 from draftnorm.kernels.rms_norm import rms_norm
@@ -241,17 +242,24 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def prefill(
-        self, tokens_T: Tensor | Sequence[int], cache: KVCache, *, sequence: int = 0
+        self,
+        tokens_T: Tensor | Sequence[int],
+        cache: KVCache,
+        *,
+        sequence: int = 0,
+        progress: Progress | None = None,
     ) -> Tensor:
         """Append a prompt to one sequence of the cache; the last token's logits, fp32 [V]."""
         tokens_T = self._as_tokens(tokens_T)
-        start = cache.lengths[sequence]
-        cache.extend(len(tokens_T), sequence)
+        start, total = cache.lengths[sequence], len(tokens_T)
+        cache.extend(total, sequence)
         x_MD = None
         while len(tokens_T):
             end = min(start + len(tokens_T), (start // PREFILL_CHUNK + 1) * PREFILL_CHUNK)
             x_MD = self._prefill_chunk(tokens_T[: end - start], cache, sequence, start)
             tokens_T, start = tokens_T[end - start :], end
+            if progress:  # a GPU's queue, and with it this loop, is a chunk or two ahead
+                progress("reading the prompt", total - len(tokens_T), total)
         if x_MD is None:
             raise ValueError("an empty prompt has no next token")
         return linear(x_MD[-1], self.head_VD()).float()
@@ -331,7 +339,9 @@ class Transformer(nn.Module):
     def frequencies(self) -> Tensor:
         """Rotary angle per position of each pair of a head, fp32 [K/2]."""
         rope = asdict(self.config.rope)
-        return inverse_frequencies(self.config.head_size, **rope).to(self.device)
+        # Not blocking: a GPU would first finish what is queued, every chunk of a prompt.
+        frequencies = inverse_frequencies(self.config.head_size, **rope)
+        return frequencies.to(self.device, non_blocking=True)
 
     def head_VD(self) -> Tensor:
         """The output embedding, which may be the input one."""

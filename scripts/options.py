@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from draftnorm.decoding.sampling import SamplingConfig
+    from draftnorm.model.tokenizer import Tokenizer
     from draftnorm.scripts.report import Loaded
 
 FETCHABLE = ("smollm2-135m",)
@@ -235,7 +236,7 @@ def torch_dtype(name: str) -> "torch.dtype | None":
     return None if name == "auto" else getattr(torch, name)
 
 
-def load(name: str, args: argparse.Namespace) -> "Loaded":
+def load(name: str, args: argparse.Namespace, tokenizer: "Tokenizer | None" = None) -> "Loaded":
     """Read the checkpoint that `name` stands for, with its tokenizer, and time it."""
     path = resolve_checkpoint(name)
     from draftnorm.model.checkpoint import load_model
@@ -244,11 +245,10 @@ def load(name: str, args: argparse.Namespace) -> "Loaded":
 
     started = time.perf_counter()
     model = load_model(path, device=args.device, dtype=torch_dtype(args.dtype))
-    tokenizer = load_tokenizer(path)
     return Loaded(
         name=name,
         path=path,
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or load_tokenizer(path),
         seconds=time.perf_counter() - started,
     )

@@ -58,7 +58,6 @@ def build_document(
     plain: Result | None,
     speculative: Result | None,
     prompt_ids: Sequence[int],
-    compile_seconds: float | None = None,
 ) -> dict[str, Any]:
     """All that is known of a run, `plain` or `speculative` or both, keyed as contract 5 lists."""
     shown = speculative or plain
@@ -76,8 +75,8 @@ def build_document(
         "prompt_tokens": shown.prompt_tokens,
         "stop_reason": shown.stop_reason,
         "load_seconds": target.seconds + (draft.seconds if isinstance(draft, Loaded) else 0.0),
-        "compile_seconds": compile_seconds,
-        "capture_seconds": None,
+        "compile_seconds": shown.compile_seconds,
+        "capture_seconds": shown.capture_seconds,
         "prefill_seconds": dict(shown.prefill_seconds),
         "time_to_first_token": shown.time_to_first_token,
         "plain": _speed(plain),
@@ -88,7 +87,7 @@ def build_document(
         "identical": None,
         "first_difference": None,
         "peak_memory_bytes": _peak_memory_bytes(target.model.device),
-        "bandwidth_fraction": None,
+        "bandwidth_fraction": _bandwidth_fraction(target.model, shown if plain is None else plain),
     }
     if plain and speculative and "interrupted" not in (plain.stop_reason, speculative.stop_reason):
         document |= compare(plain, speculative)
@@ -276,6 +275,17 @@ def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _bandwidth_fraction(model: Transformer, run: Result) -> float | None:
+    """Share of a GPU's read bandwidth, measured now, that reading the weights each step took."""
+    if model.device.type != "cuda" or not run.seconds:
+        return None
+    from draftnorm.scripts.step_times import bytes_of_a_step
+    from draftnorm.scripts.timing import read_bandwidth
+
+    steps = run.speculation.cycles if run.speculation else len(run.token_ids) - 1
+    return steps / run.seconds * bytes_of_a_step(model) / read_bandwidth(model.device)
 
 
 @cache

@@ -17,15 +17,18 @@ if __name__ == "__main__":  # run as a file, also uninstalled: the command, from
     sys.exit(main(["speculate", *sys.argv[1:]]))
 
 import argparse
-import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftnorm.scripts import options, terminal
 
 if TYPE_CHECKING:
     from draftnorm.decoding.generation import Generation
+    from draftnorm.decoding.request import Request
     from draftnorm.decoding.sampling import SamplingConfig
     from draftnorm.decoding.statistics import Result
+    from draftnorm.model.memory import MemoryNeed
     from draftnorm.scripts.report import Loaded
 
 
@@ -58,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
     draft: Loaded | str = args.draft or ("ngram" if args.target else "draft")
     if draft == "none" and args.compare:
         raise ValueError("--compare has nothing to compare plain decoding with: give a --draft")
-    target = options.load(args.target or "target", args)
+    name = args.target or "target"
+    request = read_request(options.resolve_checkpoint(name), prompt, args)
+    need = memory_need([name] if draft in ("ngram", "none") else [name, draft], request, args)
+    target = options.load(name, args, request.tokenizer)
     if draft not in ("ngram", "none"):
         draft = options.load(draft, args)
     own_prompt = args.prompt is not None or args.prompt_file is not None
@@ -66,12 +72,12 @@ def run(args: argparse.Namespace) -> int:
 
     from draftnorm.scripts import report
 
-    decoder = _Decoder(args, prompt, sampling, target, draft)
-    compile_seconds = decoder.warm_up() if target.model.device.type == "cuda" else None
     out = terminal.TextStream()
     console = terminal.stderr_console()
+    progress = None if args.json else terminal.ProgressLine(console)
+    decoder = _Decoder(args, request.prompt_ids, sampling, target, draft, progress)
     if not args.json:
-        console.print(_headline(target, draft), style="dim")
+        console.print(f"{_headline(target, draft)} · {need}", style="dim")
         if out.styled and draft != "none":
             terminal.show_legend(console)
         if not own_prompt:
@@ -92,8 +98,7 @@ def run(args: argparse.Namespace) -> int:
         acceptance=args.acceptance,
         plain=plain,
         speculative=speculative,
-        prompt_ids=decoder.prompt_ids,
-        compile_seconds=compile_seconds,
+        prompt_ids=request.prompt_ids,
     )
     if args.json:
         print(report.dump(document))
@@ -127,35 +132,56 @@ def list_built_in() -> int:
     return 0
 
 
+def read_request(path: Path, prompt: str, args: argparse.Namespace) -> "Request":
+    """The prompt as ids and what may follow it, by a checkpoint whose weights are not read yet."""
+    from draftnorm.decoding.request import Request
+    from draftnorm.model.config import ModelConfig
+    from draftnorm.model.tokenizer import load_tokenizer
+
+    return Request.of(
+        ModelConfig.from_directory(path),
+        load_tokenizer(path),
+        prompt,
+        chat=not args.raw,
+        system=args.system,
+        max_new_tokens=args.max_new_tokens,
+        context=args.context,
+    )
+
+
+def memory_need(names: Sequence[str], request: "Request", args: argparse.Namespace) -> "MemoryNeed":
+    """What these checkpoints take together; ValueError if a GPU has less. The CPU can swap."""
+    from draftnorm.decoding.draft_length import MAX_DRAFT_LENGTH
+    from draftnorm.model.checkpoint import resolve_placement
+    from draftnorm.model.config import ModelConfig
+    from draftnorm.model.memory import MemoryNeed
+
+    device, dtype = resolve_placement(args.device, options.torch_dtype(args.dtype))
+    configs = [ModelConfig.from_directory(options.resolve_checkpoint(name)) for name in names]
+    need = MemoryNeed.of(configs, request.longest + MAX_DRAFT_LENGTH, device, dtype)
+    if device.type == "cuda":
+        need.check()
+    return need
+
+
 class _Decoder:
     """One prompt and its settings, decoded as often as asked."""
 
     def __init__(
         self,
         args: argparse.Namespace,
-        prompt: str,
+        prompt_ids: Sequence[int],
         sampling: "SamplingConfig",
         target: "Loaded",
         draft: "Loaded | str",
+        progress: terminal.ProgressLine | None,
     ) -> None:
-        from draftnorm.decoding.request import Request
-
-        self.args, self.sampling, self.target, self.draft = args, sampling, target, draft
-        request = Request.of(
-            target.model, target.tokenizer, prompt, chat=not args.raw, system=args.system
-        )
-        self.prompt_ids = request.prompt_ids
-
-    def warm_up(self) -> float:
-        """Compile the kernels outside of what is timed; return the seconds it took."""
-        started = time.perf_counter()
-        for draft in {"none", self.draft if isinstance(self.draft, str) else "model"}:
-            self._start("none" if draft == "none" else self.draft, max_new_tokens=8).result()
-        return time.perf_counter() - started
+        self.args, self.prompt_ids, self.sampling = args, prompt_ids, sampling
+        self.target, self.draft, self.progress = target, draft, progress
 
     def run(self, draft: "Loaded | str", out: terminal.TextStream | None) -> "Result":
         """Decode to the end, or to Ctrl-C; what was committed until then is in the result."""
-        generation = self._start(draft, max_new_tokens=self.args.max_new_tokens)
+        generation = self._start(draft)
         try:
             _stream(generation, out)
         except KeyboardInterrupt:
@@ -165,16 +191,17 @@ class _Decoder:
             out.close()
         return generation.result()
 
-    def _start(self, draft: "Loaded | str", max_new_tokens: int) -> "Generation":
+    def _start(self, draft: "Loaded | str") -> "Generation":
         from draftnorm.decoding.generation import generate
         from draftnorm.decoding.speculation import speculate
 
         settings = {
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": self.args.max_new_tokens,
             "sampling": self.sampling,
             "stop": tuple(self.args.stop),
             "ignore_eos": self.args.ignore_eos,
             "context": self.args.context,
+            "progress": self.progress,
         }
         if draft == "none":
             return generate(self.target.model, self.target.tokenizer, self.prompt_ids, **settings)

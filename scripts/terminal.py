@@ -6,6 +6,8 @@ speculation work; into a pipe goes the text alone. NO_COLOR leaves the underline
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from typing import IO, Any
 
 from rich.console import Console
@@ -53,6 +55,31 @@ class TextStream:
         if not self.ends_line:
             self.out.write("\n")
         self.out.flush()
+
+
+class ProgressLine:
+    """What is done before the first token, on one line of stderr, once it takes over a second."""
+
+    PATIENCE, PAUSE = 1.0, 0.1  # seconds before the first line, and between lines
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.clock = console, clock
+        self._started = self._shown = clock()
+        self._what: str | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Hear that `done` of `total` are done."""
+        now = self.clock()
+        if self.console.is_terminal:
+            if done == total and self._what:
+                self.console.print(" " * (len(self._what) + 24), end="\r")
+                self._what = None
+            elif now - self._started > self.PATIENCE and now - self._shown > self.PAUSE:
+                self.console.print(Text(f"{what} {done:,}/{total:,} …", style="dim"), end="\r")
+                self._shown, self._what = now, what
+        elif now - self._started > self.PATIENCE and what != self._what:  # a log: once a stage
+            self.console.print(f"{what} {done:,}/{total:,} …")
+            self._what = what
 
 
 def stderr_console() -> Console:

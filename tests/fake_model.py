@@ -64,7 +64,9 @@ class FakeModel:
             self._known[tokens] = self.sharpness * logits_V
         return self._known[tokens]
 
-    def prefill(self, tokens: Sequence[int], cache: KVCache, *, sequence: int = 0) -> Tensor:
+    def prefill(
+        self, tokens: Sequence[int], cache: KVCache, *, sequence: int = 0, progress: object = None
+    ) -> Tensor:
         assert len(tokens) > 0 and sequence == 0
         return self._append([int(t) for t in tokens], cache)[-1]
 

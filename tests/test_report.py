@@ -184,3 +184,25 @@ def test_what_needs_a_gpu_says_so_in_one_line(command, capsys):
 def test_unknown_shapes_are_wrong_usage():
     assert main(["benchmark", "decode", "--shape", "gpt-2"]) == 2
     assert main(["benchmark", "ladder", "--shape", "target,gpt-2"]) == 2
+
+
+def test_bandwidth_fraction_by_hand(monkeypatch):
+    from types import SimpleNamespace
+
+    from draftnorm.scripts import step_times, timing
+
+    monkeypatch.setattr(timing, "read_bandwidth", lambda _: 1e12)
+    monkeypatch.setattr(step_times, "bytes_of_a_step", lambda _: 2e11)
+    model = SimpleNamespace(device=torch.device("cuda"))
+    assert report._bandwidth_fraction(model, PLAIN) == pytest.approx(4 / 4.0 * 0.2)
+    assert report._bandwidth_fraction(model, SPECULATIVE) == pytest.approx(2 / 2.0 * 0.2)
+    assert report._bandwidth_fraction(SimpleNamespace(device=torch.device("cpu")), PLAIN) is None
+
+
+def test_compiling_and_capturing_have_their_own_keys(make_checkpoint):
+    path = make_checkpoint()
+    document = build(path)
+    assert document["compile_seconds"] is None and document["capture_seconds"] is None
+    on_a_gpu = dataclasses.replace(SPECULATIVE, compile_seconds=3.0, capture_seconds=0.5)
+    document = build(path, speculative=on_a_gpu)
+    assert (document["compile_seconds"], document["capture_seconds"]) == (3.0, 0.5)

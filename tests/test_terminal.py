@@ -148,3 +148,23 @@ def test_missing_rates_are_dashes():
     document["speculative"]["acceptance_by_position"] = []
     assert terminal.verdict(document) == "plain – · speculative – · identical: yes"
     assert "–" in summary(document, 80)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_shows_after_a_second_and_leaves_no_trace_on_a_terminal(is_terminal) -> None:
+    out, now = io.StringIO(), [0.0]
+    console = Console(file=out, force_terminal=is_terminal, width=80, highlight=False)
+    line = terminal.ProgressLine(console, clock=lambda: now[0])
+    for done in range(1, 5):
+        now[0] += 0.2
+        line("compiling kernels", done, 8)
+    assert out.getvalue() == ""
+    for done in range(5, 8):
+        now[0] += 0.2
+        line("compiling kernels", done, 8)
+    shown = out.getvalue()
+    assert "compiling kernels 6/8 …" in shown
+    assert ("7/8" in shown) == is_terminal  # a log gets a line a stage
+    line("compiling kernels", 8, 8)
+    assert out.getvalue().endswith("\r" if is_terminal else "6/8 …\n")
+    assert ("\n" in out.getvalue()) != is_terminal
