@@ -25,6 +25,7 @@ class FixedDraftLength:
                 f"draft_length must be 1 … {MAX_DRAFT_LENGTH} or 'auto', not {length!r}"
             )
         self.most = length
+        self.idle = 0
 
     def next(self) -> int:
         return self.most
@@ -52,6 +53,14 @@ class AutoDraftLength:
         if self._length == 0:
             return 1 if self._idle > self._wait else 0
         return 0 if self._cost.is_forgetting_plain() else self._length
+
+    @property
+    def idle(self) -> int:
+        """How many cycles from this one on will certainly not draft."""
+        if self._length:
+            return 0
+        due = min(self._wait - self._idle + 1, self.RECONSIDER - self._idle % self.RECONSIDER)
+        return max(int(due), 0)
 
     def observe(self, cycle: Cycle) -> None:
         self._cost.observe(cycle)

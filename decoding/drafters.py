@@ -17,7 +17,7 @@ from draftnorm.decoding.sampling import Sampler, checked, warp
 from draftnorm.kernels.compilation import Progress
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
-from draftnorm.model.decode_step import DecodeStep, open_step
+from draftnorm.model.decode_step import ROWS, DecodeStep, open_step
 from draftnorm.model.tokenizer import Tokenizer
 from draftnorm.model.transformer import Transformer
 
@@ -121,11 +121,11 @@ class ModelDrafter:
         self._cache = KVCache(
             model.config, capacity=self._context, device=model.device, dtype=model.dtype
         )
-        first = (2, 1)  # rows of the first step, and of every other
+        first = (2, 1)  # rows of the first step, and of every other; ROWS to catch up
         self.engine = open_step(
             model,
             self._cache,
-            blocks=() if sampler.greedy else first,
+            blocks=(ROWS,) if sampler.greedy else (ROWS, *first),
             greedy_blocks=first if sampler.greedy else (),
             lengths=range(min(prompt_length, self._context), self._context + 1),
             vocabulary=vocabulary,
@@ -151,7 +151,16 @@ class ModelDrafter:
             kept = min(kept, len(self._tokens) + agreed)
         self._cache.rollback(kept)
         self._extend(tokens)
-        self._feed(self._tokens[kept:-2])  # empty unless cycles went by without drafting
+        # Something is missing only if cycles went by without drafting. Full blocks up to the end
+        # write some tokens again; a prompt's pass costs a GPU as much as many of them.
+        end = len(self._tokens) - 2
+        start = end - -(-(end - kept) // ROWS) * ROWS
+        if not isinstance(self.engine, DecodeStep) or start < 0:
+            self._feed(self._tokens[kept:end])
+        elif start < end and not self._lost:
+            self._cache.rollback(start)
+            for i in range(start, end, ROWS):
+                self.engine.forward([self._tokens[i : i + ROWS]])
 
     def propose(self, length: int) -> tuple[list[int], Tensor | None]:
         # The last draft is not fed, so the positions needed end one before it.

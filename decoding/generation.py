@@ -48,8 +48,8 @@ class PlainDecoder:
         blocks: Sequence[int] | None = None,
         slack: int = 0,
     ) -> None:
-        """Speculation names the lengths of the `blocks` that it will have decoded at once. `slack`
-        is cache beyond the user's limit, for drafts that will not all be kept.
+        """Speculation names the lengths of the `blocks` that it will have verified. `slack` is
+        cache beyond the user's limit, for drafts that will not all be kept.
         """
         self.model, self.sampler, self.clock = model, request.sampler, request.clock
         self._progress = request.progress
@@ -59,18 +59,19 @@ class PlainDecoder:
             device=model.device,
             dtype=model.dtype,
         )
-        runs_ahead = blocks is None and self.sampler.greedy
+        greedy = self.sampler.greedy
         self.engine = open_step(
             model,
             self.cache,
-            blocks=() if runs_ahead else blocks or (1,),
-            greedy_blocks=(1,) if runs_ahead else (),
+            blocks=blocks or (() if greedy else (1,)),
+            greedy_blocks=(1,) if greedy else (),
             lengths=range(len(request.prompt_ids), request.longest + slack + 1),
             progress=request.progress,
         )
+        self._runs_ahead = greedy and isinstance(self.engine, DecodeStep)
         self.compile_seconds = self.engine.compile_seconds
         self.capture_seconds = self.engine.capture_seconds
-        self._ahead: Iterator[int] | None = None  # greedy tokens that the device chose meanwhile
+        self._ahead: Iterator[int] = iter(())  # tokens that the device chooses meanwhile
         self.prefill_seconds: dict[str, float | None] = {"target": None, "draft": None}
 
     def prefill(self, tokens: Sequence[int]) -> list[int]:
@@ -83,12 +84,18 @@ class PlainDecoder:
 
     def step(self, tokens: list[int], room: int) -> list[int]:
         """The next block after the committed tokens, `room` tokens at most."""
-        if self.sampler.greedy and isinstance(self.engine, DecodeStep):
-            if self._ahead is None:
-                self._ahead = self.engine.greedy(tokens[-1:], room)
-            return [checked(next(self._ahead), position=len(tokens))]
+        if self._runs_ahead:
+            return self.run_ahead(tokens, room)
         logits_TV = self.engine.forward([tokens[-1:]])[0]
         return list(self.sampler.choose(logits_TV, len(tokens), self.engine.chosen))
+
+    def run_ahead(self, tokens: list[int], count: int) -> list[int]:
+        """The next token. The device does not wait for the calls after it, `count` with this."""
+        token = next(self._ahead, None)
+        if token is None:
+            self._ahead = self.engine.greedy(tokens[-1:], count)
+            token = next(self._ahead)
+        return [checked(token, position=len(tokens))]
 
     def statistics(self, committed: int) -> SpeculationStatistics | None:
         return None

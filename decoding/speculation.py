@@ -127,12 +127,17 @@ class SpeculativeDecoder(PlainDecoder):
             drafts, q_NV = self._propose(length)
         drafted = self.clock()
 
-        logits_TV = self.engine.forward([[tokens[-1], *drafts]])[0]
-        if self._acceptance == "exact":
-            choices = self.sampler.choose(logits_TV, len(tokens), self.engine.chosen)
-            block = verify_exact(choices, drafts)
+        idle = min(self._length.idle, room)
+        if self._runs_ahead and idle > 0:
+            block = self.run_ahead(tokens, idle)
         else:
-            block = verify_rejection(logits_TV, drafts, q_NV, self.sampler, len(tokens))
+            logits_TV = self.engine.forward([[tokens[-1], *drafts]])[0]
+            choices = self.sampler.choose(logits_TV, len(tokens), self.engine.chosen)
+            block = (
+                verify_exact(choices, drafts)
+                if self._acceptance == "exact"
+                else verify_rejection(logits_TV, drafts, q_NV, self.sampler, len(tokens))
+            )
         self.cache.rollback(len(tokens) + len(block) - 1)
 
         self._record(
