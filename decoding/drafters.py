@@ -125,8 +125,9 @@ class ModelDrafter:
         self.engine = open_step(
             model,
             self._cache,
-            blocks=(ROWS,) if sampler.greedy else (ROWS, *first),
-            greedy_blocks=first if sampler.greedy else (),
+            blocks=(ROWS, *first) if stream == DRAFT else (ROWS,),
+            stream_blocks=() if stream == DRAFT else first,
+            settings=None if stream == DRAFT else sampler.settings(),
             lengths=range(min(prompt_length, self._context), self._context + 1),
             vocabulary=vocabulary,
             progress=progress,
@@ -169,8 +170,8 @@ class ModelDrafter:
         if length < 1 or self._lost:
             return [], None
         self._cache.rollback(len(self._tokens) - 2)
-        if self._sampler.greedy and isinstance(self.engine, DecodeStep):
-            chosen = self.engine.greedy(rows, length)
+        if self._stream != DRAFT and isinstance(self.engine, DecodeStep):
+            chosen = self.engine.stream(rows, length)
             self._drafts = [checked(d, len(self._tokens) + i) for i, d in enumerate(chosen)]
             return list(self._drafts), None
         for position in range(len(self._tokens), len(self._tokens) + length):

@@ -45,11 +45,13 @@ class PlainDecoder:
         model: Transformer,
         request: Request,
         *,
-        blocks: Sequence[int] | None = None,
+        blocks: Sequence[int] = (),
         slack: int = 0,
+        exact: bool = True,
     ) -> None:
         """Speculation names the lengths of the `blocks` that it will have verified. `slack` is
-        cache beyond the user's limit, for drafts that will not all be kept.
+        cache beyond the user's limit, for drafts that will not all be kept. Unless `exact`, tokens
+        come of logits alone, whatever the device would choose.
         """
         self.model, self.sampler, self.clock = model, request.sampler, request.clock
         self._progress = request.progress
@@ -59,16 +61,16 @@ class PlainDecoder:
             device=model.device,
             dtype=model.dtype,
         )
-        greedy = self.sampler.greedy
         self.engine = open_step(
             model,
             self.cache,
-            blocks=blocks or (() if greedy else (1,)),
-            greedy_blocks=(1,) if greedy else (),
+            blocks=blocks,
+            stream_blocks=(1,) if exact else (),
+            settings=self.sampler.settings() if exact else None,
             lengths=range(len(request.prompt_ids), request.longest + slack + 1),
             progress=request.progress,
         )
-        self._runs_ahead = greedy and isinstance(self.engine, DecodeStep)
+        self._runs_ahead = exact and isinstance(self.engine, DecodeStep)
         self.compile_seconds = self.engine.compile_seconds
         self.capture_seconds = self.engine.capture_seconds
         self._ahead: Iterator[int] = iter(())  # tokens that the device chooses meanwhile
@@ -86,14 +88,14 @@ class PlainDecoder:
         """The next block after the committed tokens, `room` tokens at most."""
         if self._runs_ahead:
             return self.run_ahead(tokens, room)
-        logits_TV = self.engine.forward([tokens[-1:]])[0]
-        return list(self.sampler.choose(logits_TV, len(tokens), self.engine.chosen))
+        logits_V = self.engine.forward([tokens[-1:]])[0, -1]
+        return [self.sampler.sample(logits_V, position=len(tokens))]
 
     def run_ahead(self, tokens: list[int], count: int) -> list[int]:
         """The next token. The device does not wait for the calls after it, `count` with this."""
         token = next(self._ahead, None)
         if token is None:
-            self._ahead = self.engine.greedy(tokens[-1:], count)
+            self._ahead = self.engine.stream(tokens[-1:], count)
             token = next(self._ahead)
         return [checked(token, position=len(tokens))]
 

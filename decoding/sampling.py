@@ -7,12 +7,13 @@ alone. Ties go to the lowest id, everywhere.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from draftnorm.decoding.noise import EXACT, Noise
+from draftnorm.kernels.sample import pack_settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,15 +58,22 @@ class Sampler:
     def greedy(self) -> bool:
         return self.sampling.temperature == 0
 
+    def settings(self) -> Tensor | None:
+        """What a DecodeStep needs to choose as `sample` does, int64 [1, 7]; None if greedy."""
+        if self.greedy:
+            return None
+        request_id = self.noise.request_id
+        return pack_settings(**asdict(self.sampling), stream=EXACT, request_id=request_id)[None]
+
     def choose(
         self, logits_TV: Tensor, position: int, chosen_T: Tensor | None = None
     ) -> Iterator[int]:
         """The token after each row, the first one for `position`, as far as they are asked for.
 
-        `chosen_T` is the argmax of every row (and more) if the device has found it, as
-        DecodeStep does: greedy choices then wait for one copy, not for one a row.
+        `chosen_T` are the tokens of every row (and more) if a DecodeStep with our settings chose
+        them: that waits for one copy, not for one a row.
         """
-        if self.greedy and chosen_T is not None:
+        if chosen_T is not None:
             for row, token in enumerate(chosen_T[: len(logits_TV)].tolist()):
                 yield checked(token, position + row)
         else:

@@ -96,8 +96,9 @@ class SpeculativeDecoder(PlainDecoder):
         acceptance: str,
     ) -> None:
         blocks = range(1, length.most + 2)  # the last committed token and up to so many drafts
-        super().__init__(model, request, blocks=blocks, slack=MAX_DRAFT_LENGTH)
-        self._drafter, self._length, self._acceptance = drafter, length, acceptance
+        exact = acceptance == "exact"
+        super().__init__(model, request, blocks=blocks, slack=MAX_DRAFT_LENGTH, exact=exact)
+        self._drafter, self._length, self._exact = drafter, length, exact
         if isinstance(drafter, ModelDrafter) and drafter.engine.compile_seconds is not None:
             self.compile_seconds += drafter.engine.compile_seconds
             self.capture_seconds += drafter.engine.capture_seconds
@@ -105,7 +106,6 @@ class SpeculativeDecoder(PlainDecoder):
         self._cycles: list[Cycle] = []
         self._looks_up = isinstance(drafter, NgramDrafter)
         self._tried = self._held = 0  # cycles that drafted, and whose first draft was accepted
-        self._experts_before = model.experts_touched, model.expert_layer_passes
 
     def prefill(self, tokens: Sequence[int]) -> list[int]:
         block = super().prefill(tokens)
@@ -132,12 +132,11 @@ class SpeculativeDecoder(PlainDecoder):
             block = self.run_ahead(tokens, idle)
         else:
             logits_TV = self.engine.forward([[tokens[-1], *drafts]])[0]
-            choices = self.sampler.choose(logits_TV, len(tokens), self.engine.chosen)
-            block = (
-                verify_exact(choices, drafts)
-                if self._acceptance == "exact"
-                else verify_rejection(logits_TV, drafts, q_NV, self.sampler, len(tokens))
-            )
+            if self._exact:
+                choices = self.sampler.choose(logits_TV, len(tokens), self.engine.chosen)
+                block = verify_exact(choices, drafts)
+            else:
+                block = verify_rejection(logits_TV, drafts, q_NV, self.sampler, len(tokens))
         self.cache.rollback(len(tokens) + len(block) - 1)
 
         self._record(
@@ -152,8 +151,7 @@ class SpeculativeDecoder(PlainDecoder):
         return block
 
     def statistics(self, committed: int) -> SpeculationStatistics:
-        touched = self.model.experts_touched - self._experts_before[0]
-        passes = self.model.expert_layer_passes - self._experts_before[1]
+        touched, passes = self.engine.expert_counts()
         return SpeculationStatistics.of(
             self._cycles, committed, experts_per_layer=touched / passes if passes else None
         )

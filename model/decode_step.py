@@ -11,7 +11,9 @@ only the room of attention's grid, and bits depend on neither T nor tier (contra
 
     step = DecodeStep(model, cache)
     logits_BTV = step.forward(tokens_BT)           # decode or verify, as Transformer.decode
-    for token in step.greedy([token], count): ...  # plain greedy decoding: replays, read late
+    for token in step.stream([token], count): ...  # plain decoding: replays, read late
+
+A token is a row's argmax or, with `settings`, a sample (kernels/sample.py), chosen on the device.
 
 Who decodes asks `open_step` for one. On a CPU, and where the kernels cannot run, that is a
 ReadableStep: `Transformer.decode` behind the same `forward`.
@@ -43,6 +45,7 @@ from draftnorm.kernels.projection import (
     project,
 )
 from draftnorm.kernels.rms_norm import INTERPRETED, rms_norm_forward
+from draftnorm.kernels.sample import SampleWorkspace, sample
 from draftnorm.model.cache import KVCache
 from draftnorm.model.transformer import PREFILL_CHUNK, Layer, Transformer
 
@@ -60,17 +63,19 @@ def open_step(
     cache: KVCache,
     *,
     blocks: Sequence[int],
-    greedy_blocks: Sequence[int] = (),
+    stream_blocks: Sequence[int] = (),
     lengths: range,
+    settings: Tensor | None = None,
     vocabulary: int | None = None,
     progress: Progress | None = None,
 ) -> "DecodeStep | ReadableStep":
     """The way to decode with this empty cache: DecodeStep on a GPU that can run it.
 
-    It will be asked to `forward` blocks of so many tokens and to continue `greedy_blocks`, at cache
-    `lengths`: what that needs is compiled and captured here. Ids from `vocabulary` on do not exist.
-    Which way it is follows from the device and the dtype alone, and a GPU that cannot run the
-    kernels is named in a warning.
+    It will be asked to `forward` blocks of so many tokens and to `stream` after others, at cache
+    `lengths`: what that needs is compiled and captured here. With `settings` (int64 [B, 7], see
+    `pack_settings`) a DecodeStep samples instead of taking the argmax. Ids from `vocabulary` on do
+    not exist. Which way it is follows from the device and the dtype alone, and a GPU that cannot
+    run the kernels is named in a warning.
     """
     device, dtype = model.device, model.dtype
     if device.type != "cuda":
@@ -80,9 +85,10 @@ def open_step(
     elif dtype not in DTYPES:
         reason = f"the kernels take bfloat16 and float16, not {dtype}"
     else:
-        step = DecodeStep(model, cache, rows=max([ROWS, *blocks]), vocabulary=vocabulary)
+        rows = max([ROWS, *blocks])
+        step = DecodeStep(model, cache, rows=rows, vocabulary=vocabulary, settings=settings)
         try:
-            step.prepare(blocks, greedy_blocks, lengths, progress)
+            step.prepare(blocks, stream_blocks, lengths, progress)
             return step
         except OutOfResources as error:  # less shared memory than a tiling was made for
             reason = str(error)
@@ -99,6 +105,12 @@ class ReadableStep:
 
     def __init__(self, model: Transformer, cache: KVCache, vocabulary: int | None) -> None:
         self.model, self.cache, self.vocabulary = model, cache, vocabulary
+        self._before = model.experts_touched, model.expert_layer_passes
+
+    def expert_counts(self) -> tuple[int, int]:
+        """Experts touched by the steps so far, and the layers that touched them (once a tile)."""
+        model, (touched, passes) = self.model, self._before
+        return model.experts_touched - touched, model.expert_layer_passes - passes
 
     def forward(self, tokens_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Append T tokens to every sequence of the cache; logits after each, fp32 [B, T, V]."""
@@ -108,7 +120,7 @@ class ReadableStep:
 class DecodeStep:
     """Binds a model to a cache and to the device state of a step.
 
-    `rows` bounds B·T of a call; ids from `vocabulary` on do not exist, if that is given. `norm` is
+    `rows` bounds B·T of a call; `vocabulary` and `settings` are those of `open_step`. `norm` is
     the rung of the ladder: "fused" puts RMSNorm in the prologue of the product after it or, where
     that does not fit, finishes it from the sums that the product before it left; "inference" and
     "train" launch `rms_norm` without and with the store of rstd. All three give equal bits.
@@ -126,6 +138,7 @@ class DecodeStep:
         pdl: bool = True,
         tilings: dict[str, Tiling] | None = None,
         vocabulary: int | None = None,
+        settings: Tensor | None = None,
     ) -> None:
         config, device, dtype = model.config, model.device, model.dtype
         if not (device.type == "cuda" or INTERPRETED):
@@ -151,6 +164,9 @@ class DecodeStep:
         self.inputs = buffer(-(-M // 4) * 4 + B, dtype=int32)
         self.tokens, self.lengths = self.inputs[:M], self.inputs[-B:]
         self.chosen = buffer(M, dtype=int32)
+        self.settings = None if settings is None else settings.to(device)
+        if settings is not None:
+            self.sampling = SampleWorkspace.allocate(M, V, device)
         self.positions, self.slots = buffer(M, dtype=int32), buffer(M, dtype=int32)
         self.x, self.normed = buffer(M, D), buffer(M, D)
         self.q, self.attended = buffer(M, H, K), buffer(M, H, K)
@@ -160,7 +176,12 @@ class DecodeStep:
         widths = [config.intermediate_size, self.touched * config.expert_size]
         self.gated = buffer(M * max(widths))
         self.router_logits = buffer(M, max(E, 1), dtype=fp32)
-        self.routing, self.experts = buffer(max(E, 1), M, dtype=fp32), buffer(1 + E, dtype=int32)
+        self.routing = buffer(max(E, 1), M, dtype=fp32)
+        self.sparse = [i for i in range(config.num_layers) if config.is_sparse(i)]
+        # A line a sparse layer, aligned: how many experts its rows touch, and which.
+        self.experts = buffer(len(self.sparse), -(-(1 + E) // 4) * 4, dtype=int32)
+        self.experts_touched = buffer(len(self.sparse), dtype=int32)  # by all forward calls
+        self.forwards = self.streamed = 0  # calls, and tokens alone
         # Pinned, so that a kernel can write it; -1 marks a token that is not there yet.
         self.ring = torch.full((B, RING), -1, dtype=int32, pin_memory=device.type == "cuda")
 
@@ -199,7 +220,7 @@ class DecodeStep:
     def prepare(
         self,
         blocks: Iterable[int],
-        greedy_blocks: Iterable[int],
+        stream_blocks: Iterable[int],
         lengths: range,
         progress: Progress | None = None,
     ) -> None:
@@ -207,7 +228,7 @@ class DecodeStep:
         if not self.x.is_cuda:
             return
         assert not any(self.cache.lengths), "compiling writes to the first positions"
-        shapes = [(T, False) for T in blocks] + [(T, True) for T in greedy_blocks]
+        shapes = [(T, False) for T in blocks] + [(T, True) for T in stream_blocks]
         tiers = sorted({self._tier(n) for n in (*lengths[::SPLIT], *lengths[-1:])})
 
         def launch_all() -> None:
@@ -222,6 +243,7 @@ class DecodeStep:
         compile_kernels(launch_all, progress)
         self._synchronize()
         self.inputs.zero_()
+        self.experts_touched.zero_()
         compiled = time.perf_counter()
         graphs = [(T, tier, plain) for tier in tiers for T, plain in shapes]
         for done, (T, tier, plain) in enumerate(graphs, start=1):
@@ -235,8 +257,8 @@ class DecodeStep:
     def forward(self, tokens_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Append T tokens to every sequence of the cache; logits after each, fp32 [B, T, V].
 
-        The result is a view of a buffer that the next call overwrites; so is `chosen`, the argmax
-        of each row (ties to the lowest id, NO_TOKEN where there is none), int32 [B·T] and more.
+        The result is a view of a buffer that the next call overwrites; so is `chosen`, the token
+        after each row (NO_TOKEN where there is none), int32 [B·T] and more.
         """
         sequences = tokens_BT.tolist() if isinstance(tokens_BT, Tensor) else tokens_BT
         tokens = [token for sequence in sequences for token in sequence]
@@ -249,18 +271,19 @@ class DecodeStep:
         self._tell(tokens)
         self.cache.extend_all(T)
         self._run(T, self._tier(max(self.cache.lengths)), plain=False)
+        self.forwards += 1
         return self.logits[: B * T].view(B, T, -1)
 
     @torch.inference_mode()
-    def greedy(self, tokens: Sequence[int], count: int) -> Iterator[int]:
-        """Decode `count` tokens after these, the best each time; one sequence only.
+    def stream(self, tokens: Sequence[int], count: int) -> Iterator[int]:
+        """Decode `count` tokens after these, each by itself; one sequence only.
 
         `tokens` are fed as one block. The device runs ahead of the caller by up to two steps;
         closing the iterator early leaves the cache at the tokens that were yielded, the last one
         not being in it.
         """
         if self.batch != 1:
-            raise ValueError(f"greedy decodes one sequence, the cache holds {self.batch}")
+            raise ValueError(f"stream decodes one sequence, the cache holds {self.batch}")
         T, start = len(tokens), self.cache.lengths[0]
         self.cache.extend(T + count - 1)
         self.cache.lengths[0] = start
@@ -283,7 +306,14 @@ class DecodeStep:
             token = int(ring[place])
             ring[place] = -1
             self.cache.lengths[0] = length
+            self.streamed += 1
             yield token
+
+    def expert_counts(self) -> tuple[int, int]:
+        """Experts touched by the steps so far, and the layers that touched them (once a step)."""
+        alone = self.streamed * len(self.sparse) * self.config.experts_per_token
+        steps = self.forwards + self.streamed
+        return int(self.experts_touched.sum()) + alone, steps * len(self.sparse)
 
     def _tell(self, tokens: Sequence[int]) -> None:
         """Copy tokens and lengths to the device, behind the steps that are under way."""
@@ -311,7 +341,7 @@ class DecodeStep:
         key = (T, tier, plain)
         if key not in self.graphs:
             torch.cuda.synchronize()  # steps in flight still write the state
-            state = (self.inputs, self.ring)
+            state = (self.inputs, self.ring, self.experts_touched)
             saved = [tensor.clone() for tensor in state]
             self.launch(T, tier, plain=plain)
             torch.cuda.synchronize()
@@ -323,7 +353,7 @@ class DecodeStep:
         return self.graphs[key]
 
     def launch(self, T: int, tier: int, *, plain: bool) -> None:
-        """Enqueue the kernels of one step; `plain` ends it as a greedy step that feeds itself."""
+        """Enqueue the kernels of one step; `plain` ends it as a step that feeds the next."""
         model, rows = self.model, self.batch * T
         embed(
             self.x, self.squares, self.positions, self.slots, self.tokens, self.lengths,
@@ -332,18 +362,27 @@ class DecodeStep:
         for index, layer in enumerate(model.model.layers):
             self._attention(layer, index, T, tier)
             if self.config.is_sparse(index):
-                self._experts(layer, rows)
+                self._experts(layer, self.experts[self.sparse.index(index)], rows)
             else:
                 self._mlp(layer, rows)
-        logits = None if plain else self.logits
+        logits = None if plain and self.settings is None else self.logits
         head_VD = model.head_VD()[: self.vocabulary]
         self._project("head", logits, self.x, head_VD, rows, "argmax", best=self.best,
                       norm=model.model.norm)  # fmt: skip
-        choose(
-            self.chosen, self.best, rows=rows, vocabulary=self.vocabulary,
-            tile_rows=self.tilings["head"].rows, pdl=self.pdl, rows_per_sequence=T,
+        if self.sparse and not plain:
+            self.experts_touched.add_(self.experts[:, 0])
+        ending = dict(
+            rows=rows, rows_per_sequence=T, pdl=self.pdl,
             advance=(self.tokens, self.lengths, self.ring) if plain else None,
         )  # fmt: skip
+        if self.settings is None:
+            tile_rows = self.tilings["head"].rows
+            choose(
+                self.chosen, self.best, vocabulary=self.vocabulary, tile_rows=tile_rows, **ending
+            )
+        else:
+            sample(self.chosen, self.logits, self.positions, self.settings,
+                   workspace=self.sampling, **ending)  # fmt: skip
 
     def _attention(self, layer: Layer, index: int, T: int, tier: int) -> None:
         attention, cache, rows = layer.self_attn, self.cache, self.batch * T
@@ -377,18 +416,18 @@ class DecodeStep:
                       norm=layer.post_attention_layernorm)  # fmt: skip
         self._project("down", self.x, gated, down.weight, rows, "residual", bias=down.bias)
 
-    def _experts(self, layer: Layer, rows: int) -> None:
+    def _experts(self, layer: Layer, chosen: Tensor, rows: int) -> None:
         mlp, norm = layer.mlp, layer.post_attention_layernorm
         self._project("router", self.router_logits, self.x, mlp.gate.weight, rows, "plain",
                       norm=norm)  # fmt: skip
         route_rows(
-            self.experts, self.routing, self.router_logits, rows=rows,
+            chosen, self.routing, self.router_logits, rows=rows,
             experts=self.config.experts_per_token, renormalize=self.config.normalize_router,
             pdl=self.pdl,
         )  # fmt: skip
         most = min(self.config.num_experts, rows * self.config.experts_per_token)
         into, out = (
-            Experts(chosen=self.experts, routing_EM=self.routing, most=most, own_input=own)
+            Experts(chosen=chosen, routing_EM=self.routing, most=most, own_input=own)
             for own in (False, True)
         )
         self._project("expert_gate_up", self.gated, self.x, mlp.experts.gate_up_proj, rows,

@@ -87,7 +87,7 @@ def climb(model: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
         def greedy(step: DecodeStep = step) -> float:
             cache.lengths[0] = args.prompt_tokens
             start = time.perf_counter()
-            for _ in step.greedy([1], args.new_tokens):
+            for _ in step.stream([1], args.new_tokens):
                 pass
             return args.new_tokens / (time.perf_counter() - start)
 

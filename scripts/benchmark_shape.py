@@ -174,7 +174,7 @@ def decode(
         token = _first_token(model, cache, prompt_tokens)
         timing.synchronize()
         start = time.perf_counter()
-        for _ in step.greedy([token], new_tokens):
+        for _ in step.stream([token], new_tokens):
             pass
         return new_tokens / (time.perf_counter() - start)
 

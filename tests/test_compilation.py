@@ -17,6 +17,7 @@ from triton.runtime import driver
 
 from draftnorm.kernels import decode_norm
 from draftnorm.kernels.compilation import OutOfResources, compile_kernels
+from draftnorm.kernels.sample import pack_settings
 from draftnorm.model import decode_step
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
@@ -55,15 +56,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return gpu
 
 
-def make_step(config: dict, rows: int = 16) -> decode_step.DecodeStep:
+def make_step(config: dict, settings: torch.Tensor | None = None) -> decode_step.DecodeStep:
     model = Transformer(ModelConfig(**config), device="meta", dtype=torch.bfloat16)
     cache = KVCache(model.config, capacity=64, device="meta", dtype=torch.bfloat16)
-    return decode_step.DecodeStep(model, cache, rows=rows)
+    return decode_step.DecodeStep(model, cache, settings=settings)
 
 
+@pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
-def test_after_compiling_ahead_no_step_compiles(config: dict, gpu, monkeypatch) -> None:
-    step, heard = make_step(config), []
+def test_after_compiling_ahead_no_step_compiles(config, sampling: bool, gpu, monkeypatch) -> None:
+    settings = pack_settings(temperature=0.8)[None] if sampling else None
+    step, heard = make_step(config, settings), []
 
     def work() -> None:
         for T, plain in ((1, True), (2, True), (1, False), (16, False)):
@@ -103,7 +106,7 @@ def test_a_gpu_that_cannot_run_the_kernels_is_named_and_gets_the_readable_path(
     capability, dtype, out_of, said, monkeypatch, caplog
 ) -> None:
     class Step(decode_step.ReadableStep):
-        def __init__(self, model, cache, *, rows, vocabulary) -> None:
+        def __init__(self, model, cache, *, rows, vocabulary, settings) -> None:
             super().__init__(model, cache, vocabulary)
 
         def prepare(self, *_: object) -> None:

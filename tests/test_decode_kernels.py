@@ -167,7 +167,7 @@ def test_greedy_steps_are_forward_steps(name: str) -> None:
     cache = KVCache(model.config, capacity=1024, device="cuda", dtype=BF16)
     model.prefill(tokens[:200], cache)
     step = DecodeStep(model, cache)
-    greedy = list(step.greedy([7], 400))  # crosses two split borders and a tier
+    greedy = list(step.stream([7], 400))  # crosses two split borders and a tier
     cache.rollback(200)
     token, expected = torch.tensor([[7]], device="cuda"), []
     for _ in range(400):
@@ -175,8 +175,8 @@ def test_greedy_steps_are_forward_steps(name: str) -> None:
         expected.append(int(token))
     assert greedy == expected
     cache.rollback(200)
-    assert next(step.greedy([7], 400)) == expected[0]  # two more are in flight, and nobody's
-    assert list(step.greedy([expected[0]], 5)) == expected[1:6]
+    assert next(step.stream([7], 400)) == expected[0]  # two more are in flight, and nobody's
+    assert list(step.stream([expected[0]], 5)) == expected[1:6]
 
 
 def test_dependent_launch_is_ordered_over_many_replays() -> None:
@@ -188,7 +188,7 @@ def test_dependent_launch_is_ordered_over_many_replays() -> None:
         step, found = DecodeStep(model, cache, pdl=pdl), []
         for _ in range(10_000 // 500):
             cache.rollback(40)
-            found.append(list(step.greedy([7], 500)))
+            found.append(list(step.stream([7], 500)))
         assert all(run == found[0] for run in found)
         runs.append(found[0])
     assert runs[0] == runs[1]

@@ -87,9 +87,9 @@ def test_greedy_follows_the_readable_model(norm: str) -> None:
         token = int(model.decode([[token]], expected_cache).argmax())
         expected.append(token)
     step = DecodeStep(model, cache, norm=norm)
-    assert next(step.greedy([4], 3)) == expected[0]
+    assert next(step.stream([4], 3)) == expected[0]
     assert cache.lengths == [4]  # closed early, with steps under way: their tokens are nobody's
-    assert list(step.greedy([expected[0]], 2)) == expected[1:]
+    assert list(step.stream([expected[0]], 2)) == expected[1:]
     assert cache.lengths == [6]
     with pytest.raises(ValueError, match="do not fit"):
-        next(step.greedy([1], 2))
+        next(step.stream([1], 2))

@@ -35,8 +35,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[DecodeStep]:
     """The steps that decoders opened, in order."""
     opened: list[DecodeStep] = []
 
-    def open_step(model, cache, *, vocabulary=None, **_) -> DecodeStep:
-        opened.append(DecodeStep(model, cache, vocabulary=vocabulary))
+    def open_step(model, cache, *, vocabulary=None, settings=None, **_) -> DecodeStep:
+        opened.append(DecodeStep(model, cache, vocabulary=vocabulary, settings=settings))
         return opened[-1]
 
     monkeypatch.setattr(generation, "open_step", open_step)
@@ -65,6 +65,17 @@ def test_plain_and_speculative_are_the_readable_path(temperature: float, request
     assert runs[2].result().speculation.acceptance_rate == 1.0  # its own drafts are always right
 
 
+def test_experts_are_counted_as_on_the_readable_path(request) -> None:
+    sparse = dict(architecture="mixtral", num_experts=4, experts_per_token=2, expert_size=16)
+    target, draft = tiny(1, **sparse), tiny(2)
+    options = dict(max_new_tokens=5, draft=draft, draft_length=2)  # blocks of three: one tile
+    expected = speculate(target, None, PROMPT, **options).result()
+    request.getfixturevalue("steps")
+    result = speculate(target, None, PROMPT, **options).result()
+    assert result.token_ids == expected.token_ids
+    assert 2 <= result.speculation.experts_per_layer == expected.speculation.experts_per_layer
+
+
 def test_an_early_end_leaves_the_cache_as_the_readable_path_does(request) -> None:
     model = tiny(1)
     tokens, _ = readable(model, max_new_tokens=NEW)
@@ -80,6 +91,32 @@ def test_an_early_end_leaves_the_cache_as_the_readable_path_does(request) -> Non
     closed.close()
     assert closed.result().token_ids == tokens[:2]
     assert closed.decoder.cache.lengths == [len(PROMPT) + 1]
+
+
+def test_rejection_draws_what_the_readable_path_draws(request) -> None:
+    target, draft = tiny(1), tiny(2)
+    options = dict(
+        max_new_tokens=NEW, sampling=SamplingConfig(temperature=1.5, seed=1), draft=draft,
+        draft_length=3, acceptance="rejection",
+    )  # fmt: skip
+    expected = speculate(target, None, PROMPT, **options).result()
+    request.getfixturevalue("steps")
+    result = speculate(target, None, PROMPT, **options).result()
+    assert result.token_ids == expected.token_ids
+    assert result.speculation.accepted == expected.speculation.accepted
+
+
+def test_a_draft_catches_up_with_what_it_was_not_asked_for(steps: list[DecodeStep]) -> None:
+    model, text = tiny(1), [i * i % 32 for i in range(40)]
+    for told, missed in ((20, 1), (20, 20), (3, 10)):
+        late, ready = (
+            drafters.ModelDrafter(model, Sampler(SamplingConfig()), vocabulary=32, capacity=64)
+            for _ in range(2)
+        )
+        late.prefill(text[:told])
+        late.catch_up(text[told : told + missed])
+        ready.prefill(text[: told + missed])
+        assert late.propose(4) == ready.propose(4)
 
 
 def test_ids_past_the_vocabulary_are_never_chosen(steps: list[DecodeStep]) -> None:
