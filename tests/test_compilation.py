@@ -24,6 +24,10 @@ from draftnorm.model.config import ModelConfig
 from draftnorm.model.transformer import Transformer
 
 pytestmark = pytest.mark.skipif(decode_norm.INTERPRETED, reason="compiles for a GPU")
+QWEN3 = dict(
+    architecture="qwen3", vocab_size=2048, hidden_size=1024, intermediate_size=3072, num_layers=1,
+    num_heads=16, num_kv_heads=8, head_size=128, qk_norm=True,
+)  # fmt: skip
 _unused_devices = itertools.count(1000)  # Triton keeps compiled kernels by device
 
 
@@ -63,7 +67,7 @@ def make_step(config: dict, settings: torch.Tensor | None = None) -> decode_step
 
 
 @pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("config", [SMALL, LARGE, QWEN3], ids=["small", "large", "qwen3"])
 def test_after_compiling_ahead_no_step_compiles(config, sampling: bool, gpu, monkeypatch) -> None:
     settings = pack_settings(temperature=0.8)[None] if sampling else None
     step, heard = make_step(config, settings), []
