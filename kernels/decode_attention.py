@@ -3,11 +3,13 @@
 Legend: B sequences (or tree paths), T rows of each, M = B·T rows, H query heads, G key/value heads,
 K head size, S cache slots, R = 16 rows of a tile: rows of one sequence × the heads of one group.
 
-A program handles one split of 256 keys at an absolute multiple for one tile; each of its warps has
-a slab of every block of keys and a running softmax of its own. Slabs, then the splits of an aligned
-group of 16, then groups are joined in a fixed order, and what a row does not see adds exact zeros.
-So its bits depend on its own position, keys and window alone: not on the rows beside it, not on how
-many splits the grid has room for. The last program of a group to finish joins it.
+A program handles one split of 512 keys at an absolute multiple for one tile; each of its warps has
+a slab of every block of keys and a running softmax of its own. Keys and values go from their loads
+to the matrix instruction in registers (operands.py), those of the first block before the wait.
+Slabs, then the splits of an aligned group of 16, then groups are joined in a fixed order, and what
+a row does not see adds exact zeros. So its bits depend on its own position, keys and window alone:
+not on the rows beside it, not on how many splits the grid has room for. The last program of a group
+to finish joins it.
 
 A row at position p sees keys max(0, p - window + 1) … p; the new rows' keys are in the cache
 already. Position p lives in slot p or, in a tree, where `path_slots` [B, path length] says: the
@@ -25,14 +27,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from draftnorm.kernels.attention import attention_reference
-from draftnorm.kernels.projection import sum_slabs
+from draftnorm.kernels.operands import eights, operand, sum_slabs
 
 ROWS = 16
-SPLIT = 256
+SPLIT = 512
 GROUP_SPLITS = 16  # splits joined at a time
-BLOCK_S, SLABS, STAGES = 64, 4, 3  # keys of a block, its slabs (one a warp), pipeline stages
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
-_SPLIT: tl.constexpr = tl.constexpr(SPLIT)
 _GROUP_SPLITS: tl.constexpr = tl.constexpr(GROUP_SPLITS)
 
 
@@ -43,21 +43,30 @@ def _rescale(new_max, old_max):
 
 
 @triton.jit
-def _load_block(
-    key_ptr, value_ptr, base, s_LN, end, path_slots_ptr, path_start_ptr, path_length, b, dim,
-    K: tl.constexpr,
-):  # fmt: skip
-    """Keys and values [L, N, K] of the positions s_LN below `end`."""
-    slot = s_LN
+def _queries(r, tile, b, T, group, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr, H: tl.constexpr):
+    """Of the rows r of a tile: which rows of the step they are, which lines of q, and if any."""
+    HEADS_IN_TILE: tl.constexpr = min(HEADS, _ROWS)
+    ROWS_IN_TILE: tl.constexpr = _ROWS // HEADS_IN_TILE
+    t = tile * ROWS_IN_TILE + r // HEADS_IN_TILE
+    head = tl.program_id(1) % HEAD_TILES * _ROWS + r % HEADS_IN_TILE
+    ok = (r < ROWS_IN_TILE * HEADS_IN_TILE) & (t < T) & (head < HEADS)
+    row = (b * T + t).to(tl.int64)
+    return row, row * H + group * HEADS + head, ok
+
+
+@triton.jit
+def _load_lines(
+    ptr, base, s, begin, end, dim, path_slots_ptr, path_start_ptr, path_length, b, K: tl.constexpr
+):
+    """Keys or values at those positions s that are in begin … end - 1, zeros at the others."""
+    slot = s
     if path_slots_ptr is not None:
-        step = s_LN - tl.load(path_start_ptr + b)
+        step = s - tl.load(path_start_ptr + b)
         on_path = (step >= 0) & (step < path_length)
         slot = tl.load(path_slots_ptr + b * path_length + step, mask=on_path, other=0)
-        slot = tl.where(step >= 0, slot, s_LN)
-    place = base + slot.to(tl.int64)[:, :, None] * K + dim[None, None, :]
-    mask = (s_LN < end)[:, :, None] & (dim < K)[None, None, :]
-    k_LNK = tl.load(key_ptr + place, mask=mask, other=0.0)
-    return k_LNK, tl.load(value_ptr + place, mask=mask, other=0.0)
+        slot = tl.where(step >= 0, slot, s)
+    mask = (s >= begin) & (s < end) & (dim < K)
+    return tl.load(ptr + base + slot.to(tl.int64) * K + dim, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -90,6 +99,13 @@ def _store_part(acc_ptr, extremes_ptr, part, acc_RK, max_R, sum_R, row_ok, dim, 
 
 
 @triton.jit
+def _arrive(ticket_ptr):
+    """How many programs have left their part before this one."""
+    tl.debug_barrier()  # every thread's share is written before the ticket says so
+    return tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
+
+
+@triton.jit
 def _join(acc_ptr, extremes_ptr, first, last, row_ok, dim, K: tl.constexpr, BLOCK_D: tl.constexpr):
     """Join parts first … last, an aligned block of four at a time, so that their loads overlap."""
     r = tl.arange(0, _ROWS)
@@ -116,103 +132,143 @@ def _join(acc_ptr, extremes_ptr, first, last, row_ok, dim, K: tl.constexpr, BLOC
     return acc_RK, max_R, sum_R
 
 
+@triton.jit
+def _store_out(out_ptrs, acc_RK, sum_R, mask):
+    out_RK = acc_RK / tl.where(sum_R == 0.0, 1.0, sum_R)[:, None]
+    tl.store(out_ptrs, out_RK.to(out_ptrs.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["T", "S", "sequence_lines", "path_length", "scale"])
 def _decode_attention_kernel(
     out_ptr, q_ptr, key_ptr, value_ptr, position_ptr, T, S, sequence_lines, scale,
     path_slots_ptr, path_start_ptr, path_length,
     acc_ptr, extremes_ptr, ticket_ptr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, L: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     HEADS: tl.constexpr = H // G
-    HEADS_IN_TILE: tl.constexpr = min(HEADS, _ROWS)
     HEAD_TILES: tl.constexpr = (HEADS + _ROWS - 1) // _ROWS
-    ROWS_IN_TILE: tl.constexpr = _ROWS // HEADS_IN_TILE
-    row_tiles = tl.cdiv(T, ROWS_IN_TILE)
-    b = tl.program_id(0) // row_tiles
+    row_tiles = tl.cdiv(T, _ROWS // min(HEADS, _ROWS))
+    b, tile = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
     group = tl.program_id(1) // HEAD_TILES
     split, splits = tl.program_id(2), tl.num_programs(2)
-    r = tl.arange(0, _ROWS)
-    t = tl.program_id(0) % row_tiles * ROWS_IN_TILE + r // HEADS_IN_TILE
-    head = tl.program_id(1) % HEAD_TILES * _ROWS + r % HEADS_IN_TILE
-    row_ok = (r < ROWS_IN_TILE * HEADS_IN_TILE) & (t < T) & (head < HEADS)
-    row = (b * T + t).to(tl.int64)
-    dim = tl.arange(0, BLOCK_D)
-    # A block of keys is L slabs of N neighbours, one slab a warp.
-    N: tl.constexpr = BLOCK_S // L
-    slab_LN = tl.arange(0, L)[:, None] * N + tl.arange(0, N)[None, :]
-    q_ptrs = (row * H + group * HEADS + head)[:, None] * K + dim[None, :]
-    q_mask = row_ok[:, None] & (dim < K)[None, :]
+    r, dim = tl.arange(0, _ROWS), tl.arange(0, BLOCK_D)
+    row, line_R, row_ok = _queries(r, tile, b, T, group, HEADS, HEAD_TILES, H)
     base = (b.to(tl.int64) * sequence_lines + group * S) * K
+
+    # What kernels before the last one wrote may be read before the wait: the last one has waited
+    # for them before it let this one start. So positions, and keys of earlier steps.
+    position_R = tl.load(position_ptr + row, mask=row_ok, other=-1)
+    begin = tl.load(position_ptr + b * T)  # from here on keys are the last kernel's
+    last_key = tl.max(position_R)
+    last_split = last_key // SPLIT
+    first_split = 0
+    if WINDOW > 0:
+        first_seen = tl.min(tl.where(row_ok, position_R, last_key)) - WINDOW + 1
+        first_split = tl.maximum(first_seen, 0) // SPLIT
+    end = tl.minimum(split * SPLIT + SPLIT, last_key + 1)
+
+    # A block is L slabs of N neighbours, one slab a warp. Operands are loaded where the matrix
+    # instruction wants them, as in a projection: keys by `operand`; of the values a thread takes
+    # 8 neighbouring dimensions of every key whose weight it will hold.
+    N: tl.constexpr = BLOCK_S // L
+    C: tl.constexpr = BLOCK_D // 32
+    D: tl.constexpr = BLOCK_D // 64
+    slab = tl.arange(0, L)[None, :, None, None, None] * N + split * SPLIT
+    s_K = slab + eights(N)
+    dim_K = (tl.arange(0, C)[:, None] * 32 + tl.arange(0, 32)[None, :])[None, None, :, None, :]
+    pair = tl.arange(0, 4)[:, None] * 2 + tl.arange(0, N // 4)[None, :] % 2
+    s_V = slab + (pair + tl.arange(0, N // 4)[None, :] // 2 * 8)[:, None, :, None, None]
+    dim_V = (tl.arange(0, D)[:, None] * 64 + tl.arange(0, 64)[None, :])[None, None, None, :, :]
+    old = tl.minimum(end, begin)
+    k = _load_lines(
+        key_ptr, base, s_K, 0, old, dim_K, path_slots_ptr, path_start_ptr, path_length, b, K
+    )
+    v = _load_lines(
+        value_ptr, base, s_V, 0, old, dim_V, path_slots_ptr, path_start_ptr, path_length, b, K
+    )
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
 
+    if (split < first_split) | (split > last_split):
+        return
+    _, line_Q, ok_Q = _queries(eights(_ROWS), tile, b, T, group, HEADS, HEAD_TILES, H)
+    place_Q = tl.broadcast_to(line_Q * K + dim_K, [8, L, C, _ROWS // 8, 32])
+    q = tl.load(q_ptr + place_Q, mask=ok_Q & (dim_K < K), other=0.0)
+    if begin < tl.minimum(end, split * SPLIT + BLOCK_S):  # the first block has new keys
+        new_k = _load_lines(
+            key_ptr, base, s_K, begin, end, dim_K, path_slots_ptr, path_start_ptr, path_length,
+            b, K,
+        )  # fmt: skip
+        new_v = _load_lines(
+            value_ptr, base, s_V, begin, end, dim_V, path_slots_ptr, path_start_ptr, path_length,
+            b, K,
+        )  # fmt: skip
+        k, v = tl.where(s_K < begin, k, new_k), tl.where(s_V < begin, v, new_v)
+
+    q_LRK = operand(q, _ROWS, BLOCK_D * L, L)
     max_LR = tl.full([L, _ROWS], float("-inf"), tl.float32)
     sum_LR = tl.zeros([L, _ROWS], tl.float32)
     acc_LRK = tl.zeros([L, _ROWS, BLOCK_D], tl.float32)
-    position_R = tl.load(position_ptr + row, mask=row_ok, other=-1)
-    q_RK = tl.load(q_ptr + q_ptrs, mask=q_mask, other=0.0)
-    q_LRK = tl.broadcast_to(q_RK[None, :, :], [L, _ROWS, BLOCK_D])
-    last_key = tl.max(position_R)
-    last_split = last_key // _SPLIT
-    first_split = 0
-    if WINDOW > 0:
-        first_seen = tl.min(tl.where(row_ok, position_R, last_key)) - WINDOW + 1
-        first_split = tl.maximum(first_seen, 0) // _SPLIT
-    if (split < first_split) | (split > last_split):
-        return
-
-    end = tl.minimum(split * _SPLIT + _SPLIT, last_key + 1)
-    for start in tl.range(split * _SPLIT, end, BLOCK_S, num_stages=STAGES):
-        s_LN = start + slab_LN
-        k_LNK, v_LNK = _load_block(
-            key_ptr, value_ptr, base, s_LN, end, path_slots_ptr, path_start_ptr, path_length,
-            b, dim, K,
+    s_LN = tl.arange(0, L)[:, None] * N + tl.arange(0, N)[None, :]
+    for start in tl.range(split * SPLIT, end, BLOCK_S, num_stages=1):
+        ahead = start - split * SPLIT + BLOCK_S
+        next_k = _load_lines(
+            key_ptr, base, s_K + ahead, 0, end, dim_K, path_slots_ptr, path_start_ptr,
+            path_length, b, K,
         )  # fmt: skip
+        next_v = _load_lines(
+            value_ptr, base, s_V + ahead, 0, end, dim_V, path_slots_ptr, path_start_ptr,
+            path_length, b, K,
+        )  # fmt: skip
+        k_LNK = operand(k, N, BLOCK_D * L, L)
+        v = tl.reshape(v, [4, L, N // 8, 2, D, 8, 8])
+        v_LNK = tl.reshape(tl.permute(v, (1, 2, 0, 3, 4, 6, 5)), [L, N, BLOCK_D])
         acc_LRK, max_LR, sum_LR = _attend(
-            q_LRK, k_LNK, v_LNK, s_LN, position_R, scale, acc_LRK, max_LR, sum_LR, WINDOW
+            q_LRK, k_LNK, v_LNK, start + s_LN, position_R, scale, acc_LRK, max_LR, sum_LR, WINDOW
         )
+        k, v = next_k, next_v
+    acc_LRK = tl.permute(tl.reshape(acc_LRK, [L, _ROWS, D, 8, 8]), (0, 1, 2, 4, 3))
+    acc_LRK = tl.reshape(acc_LRK, [L, _ROWS, BLOCK_D])
+
     max_R = tl.max(max_LR, axis=0)
     weight_LR = _rescale(max_R[None, :], max_LR)
     sum_R = tl.sum(sum_LR * weight_LR, axis=0)
     acc_RK = sum_slabs(acc_LRK * weight_LR[:, :, None], L, _ROWS, BLOCK_D)
 
-    # Join. A single part needs none: its weight would be exp2(0) = 1.
+    out_ptr += line_R[:, None] * K + dim[None, :]
+    out_mask = row_ok[:, None] & (dim < K)[None, :]
+    if first_split == last_split:
+        _store_out(out_ptr, acc_RK, sum_R, out_mask)
+        return
+    # Join the splits of a group, then the groups.
     line = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     groups = tl.cdiv(splits, _GROUP_SPLITS)
     acc_ptr += line.to(tl.int64) * (splits + groups) * _ROWS * K
     extremes_ptr += line.to(tl.int64) * (splits + groups) * 2 * _ROWS
     ticket_ptr += line * (groups + 1)
     my_group = split // _GROUP_SPLITS
-    first_in_group = tl.maximum(first_split, my_group * _GROUP_SPLITS)
-    last_in_group = tl.minimum(last_split, my_group * _GROUP_SPLITS + _GROUP_SPLITS - 1)
-    if first_in_group < last_in_group:
-        _store_part(acc_ptr, extremes_ptr, split, acc_RK, max_R, sum_R, row_ok, dim, K)
-        tl.debug_barrier()  # every thread's share is written before the ticket says so
-        ticket = tl.atomic_add(ticket_ptr + my_group, 1, sem="acq_rel")
-        if ticket != last_in_group - first_in_group:
-            return
-        tl.store(ticket_ptr + my_group, 0)
-        acc_RK, max_R, sum_R = _join(
-            acc_ptr, extremes_ptr, first_in_group, last_in_group, row_ok, dim, K, BLOCK_D
-        )
-    first_group, last_group = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
-    if first_group < last_group:
-        acc_ptr += splits * _ROWS * K
-        extremes_ptr += splits * 2 * _ROWS
-        _store_part(acc_ptr, extremes_ptr, my_group, acc_RK, max_R, sum_R, row_ok, dim, K)
-        tl.debug_barrier()
-        ticket = tl.atomic_add(ticket_ptr + groups, 1, sem="acq_rel")
-        if ticket != last_group - first_group:
-            return
-        tl.store(ticket_ptr + groups, 0)
-        acc_RK, max_R, sum_R = _join(
-            acc_ptr, extremes_ptr, first_group, last_group, row_ok, dim, K, BLOCK_D
-        )
-    out_RK = acc_RK / tl.where(sum_R == 0.0, 1.0, sum_R)[:, None]
-    tl.store(out_ptr + q_ptrs, out_RK.to(out_ptr.dtype.element_ty), mask=q_mask)
+    first = tl.maximum(first_split, my_group * _GROUP_SPLITS)
+    last = tl.minimum(last_split, my_group * _GROUP_SPLITS + _GROUP_SPLITS - 1)
+    _store_part(acc_ptr, extremes_ptr, split, acc_RK, max_R, sum_R, row_ok, dim, K)
+    if _arrive(ticket_ptr + my_group) != last - first:
+        return
+    tl.store(ticket_ptr + my_group, 0)
+    acc_RK, max_R, sum_R = _join(acc_ptr, extremes_ptr, first, last, row_ok, dim, K, BLOCK_D)
+    first, last = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
+    if first == last:
+        _store_out(out_ptr, acc_RK, sum_R, out_mask)
+        return
+    acc_ptr += splits * _ROWS * K
+    extremes_ptr += splits * 2 * _ROWS
+    _store_part(acc_ptr, extremes_ptr, my_group, acc_RK, max_R, sum_R, row_ok, dim, K)
+    if _arrive(ticket_ptr + groups) != last - first:
+        return
+    tl.store(ticket_ptr + groups, 0)
+    acc_RK, max_R, sum_R = _join(acc_ptr, extremes_ptr, first, last, row_ok, dim, K, BLOCK_D)
+    _store_out(out_ptr, acc_RK, sum_R, out_mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,19 +314,20 @@ def decode_attention(
     """Attend from `rows` new tokens of each sequence to its cache [B, G, S, K], into `out_MHK`.
 
     `positions_M` int32: rows of one sequence are neighbours, in order of position. `splits` is the
-    room of the grid, ceil((largest position + 1) / 256) or more. With `path_slots` int32 [B, N]
+    room of the grid, ceil((largest position + 1) / SPLIT) or more. With `path_slots` int32 [B, N]
     and `path_start` int32 [B], B paths share the cache of one sequence. Nothing is allocated.
     """
     _, H, K = q_MHK.shape
     _, G, S, _ = keys.shape
     sequences = len(path_start) if path_start is not None else keys.shape[0]
+    slabs = 4 if K <= 64 else 8  # of 16 keys in a block, one a warp: what registers hold twice
     _decode_attention_kernel[(*_tiles(sequences, rows, H, G), splits)](
         out_MHK, q_MHK, keys, values, positions_M, rows, S,
         0 if path_start is not None else G * S, K**-0.5 * math.log2(math.e),
         path_slots, path_start, path_slots.shape[1] if path_slots is not None else 0,
         workspace.acc, workspace.extremes, workspace.tickets,
-        H, G, K, window or 0, max(triton.next_power_of_2(K), 16), BLOCK_S, SLABS, STAGES,
-        num_warps=SLABS, **pdl,
+        H, G, K, window or 0, max(triton.next_power_of_2(K), 64), SPLIT, 16 * slabs, slabs,
+        num_warps=slabs, **pdl,
     )  # fmt: skip
 
 

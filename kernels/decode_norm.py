@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from draftnorm.kernels.operands import sum_slabs
 from draftnorm.kernels.rms_norm import INTERPRETED, sum_row
 
 SQUARES = 16  # columns of a block
@@ -24,11 +25,10 @@ _SQUARES: tl.constexpr = tl.constexpr(SQUARES)
 
 
 @triton.jit
-def square_sums(y_RW, R: tl.constexpr, W: tl.constexpr):
-    """Sums of squares of aligned blocks of 16 columns: fp32 [R, W] -> [R, W / 16]."""
-    BLOCKS: tl.constexpr = W // _SQUARES
-    squares = tl.reshape(tl.fma(y_RW, y_RW, 0.0), [R * BLOCKS, _SQUARES])
-    return tl.reshape(sum_row(squares, R * BLOCKS, 4), [R, BLOCKS])
+def square_sums(y_WR, W: tl.constexpr, R: tl.constexpr):
+    """Sums of squares of aligned blocks of 16 columns: fp32 [W, R] -> [W / 16, R]."""
+    squares = tl.reshape(tl.fma(y_WR, y_WR, 0.0), [W // _SQUARES, _SQUARES, R])
+    return sum_slabs(tl.permute(squares, (1, 0, 2)), 16, W // 16, R)
 
 
 @triton.jit

@@ -39,7 +39,7 @@ def _embed_kernel(
     column = tl.arange(0, BLOCK_D)
     x_D = tl.load(table_ptr + token * D + column, mask=column < D, other=0.0)
     tl.store(x_ptr + row * D + column, x_D, mask=column < D)
-    sums = square_sums(tl.reshape(x_D.to(tl.float32), [1, BLOCK_D]), 1, BLOCK_D)
+    sums = square_sums(tl.reshape(x_D.to(tl.float32), [BLOCK_D, 1]), BLOCK_D, 1)
     BLOCKS: tl.constexpr = (D + _SQUARES - 1) // _SQUARES
     block = tl.arange(0, BLOCK_D // _SQUARES)
     place = squares_ptr + row * BLOCKS + block

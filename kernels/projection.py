@@ -25,8 +25,10 @@ Epilogues (sums are fp32 and are rounded once):
   argmax    the best output of each tile of the vocabulary and its lowest id; optionally the logits
 
 Programmatic dependent launch: a program may start while earlier kernels still run, and may touch
-nothing but immutable weights before its one `gdc_wait`. It uses that time to fetch its weights:
-into registers where one block covers K, else into L2.
+nothing but immutable weights before its one `gdc_wait`. It uses that time to fetch its weights: the
+first blocks into registers, where the matrix instruction wants them, and the beginning of the rest
+into L2. Where registers hold all of K, nothing after the wait goes through shared memory before the
+sums do.
 """
 
 from dataclasses import dataclass
@@ -45,50 +47,26 @@ from draftnorm.kernels.decode_norm import (
     norm_levels,
     square_sums,
 )
+from draftnorm.kernels.operands import eights, fetch, operand, prefetch_l2, sum_slabs
 from draftnorm.kernels.rms_norm import rms_norm_reference
 
 _SQUARES: tl.constexpr = tl.constexpr(SQUARES)
 
 
 @triton.jit
-def prefetch_l2(addresses):
-    """Ask for the cache lines at these addresses, without waiting for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [addresses.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def sum_slabs(acc_LWR, L: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
-    """Sum [L, W, R] over L, neighbours first. Returns [W, R].
-
-    `split` wants both operands in one thread: one exchange between the warps that own the slabs.
-    """
-    acc = tl.permute(acc_LWR, (1, 2, 0))
-    for level in tl.static_range(L.bit_length() - 1):
-        left, right = tl.split(tl.reshape(acc, [W, R, L >> (level + 1), 2]))
-        acc = left + right
-    return tl.reshape(acc, [W, R])
-
-
-@triton.jit
 def _rotate_and_store(
     out_ptr, key_ptr, value_ptr, low_WR, high_WR, cos_WR, sin_WR, q_norm_ptr, k_norm_ptr, eps,
     head, pair, row_ok, rows, sequence, slot, S,
-    H: tl.constexpr, G: tl.constexpr, PAIRS: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The rotary epilogue of one head: both halves of its pairs, W / 2 pairs by 16 rows."""
+    """The rotary epilogue of one head: both halves of WIDTH of its pairs, by R rows."""
     dtype = out_ptr.dtype.element_ty
     pair_ok = (pair < PAIRS)[:, None]
     # Nested: the first is known when compiling, the second is not.
     if q_norm_ptr is not None:  # noqa: SIM102
         if head < H + G:
-            square_sum_R = tl.sum(low_WR * low_WR + high_WR * high_WR, axis=0)
+            squares_WR = tl.fma(low_WR, low_WR, tl.fma(high_WR, high_WR, 0.0))
+            square_sum_R = tl.reshape(sum_slabs(squares_WR[:, None, :], WIDTH, 1, R), [R])
             rstd_R = tl.rsqrt(square_sum_R / (2 * PAIRS) + eps)
             norm_ptr = k_norm_ptr
             if head < H:
@@ -98,8 +76,8 @@ def _rotate_and_store(
             low_WR = (low_WR * rstd_R[None, :]).to(dtype).to(tl.float32) * low_W[:, None]
             high_WR = (high_WR * rstd_R[None, :]).to(dtype).to(tl.float32) * high_W[:, None]
     if head < H + G:
-        turned_WR = low_WR * cos_WR - high_WR * sin_WR
-        high_WR = high_WR * cos_WR + low_WR * sin_WR
+        turned_WR = tl.fma(low_WR, cos_WR, -(high_WR * sin_WR))
+        high_WR = tl.fma(high_WR, cos_WR, low_WR * sin_WR)
         low_WR = turned_WR
     if head < H:
         place = out_ptr + (rows * H + head)[None, :] * (2 * PAIRS) + pair[:, None]
@@ -113,6 +91,57 @@ def _rotate_and_store(
     tl.store(place + PAIRS, high_WR.to(dtype), mask=pair_ok & row_ok[None, :])
 
 
+@triton.jit
+def _outputs(lane, tile, N: tl.constexpr, PAIRS: tl.constexpr, W: tl.constexpr):
+    """Which outputs a tile's weight rows `lane` are, and whether there are such.
+
+    Paired tiles hold two outputs that lie PAIRS apart (gate and up, the halves of a head) in their
+    first and second half.
+    """
+    if PAIRS == 0:
+        n = tile * W + lane
+        ok = n < N
+    else:
+        TILES_PER_GROUP: tl.constexpr = (PAIRS + W // 2 - 1) // (W // 2)
+        pair = tile % TILES_PER_GROUP * (W // 2) + lane % (W // 2)
+        n = tile // TILES_PER_GROUP * (2 * PAIRS) + lane // (W // 2) * PAIRS + pair
+        ok = pair < PAIRS
+    return n, ok
+
+
+@triton.jit
+def _columns(BLOCK: tl.constexpr, L: tl.constexpr):
+    """Columns of a block of the loop: [1, BLOCK] or, a slab for each of L warps, [L, 1, …]."""
+    if L == 1:
+        k = tl.arange(0, BLOCK)[None, :]
+    else:
+        slab = tl.arange(0, L)[:, None] * (BLOCK // L) + tl.arange(0, BLOCK // L)[None, :]
+        k = slab[:, None, :]
+    return k
+
+
+@triton.jit
+def _lines(index, L: tl.constexpr):
+    """A number for each line of a block of the loop: [lines, 1] or [1, lines, 1]."""
+    return index[:, None] if L == 1 else index[None, :, None]
+
+
+@triton.jit
+def _add_product(acc, w, x, L: tl.constexpr):
+    """acc + w xᵀ, slab by slab."""
+    if L == 1:
+        return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    else:
+        return tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
+
+
+@triton.jit
+def _normed(x, rstd, scale):
+    """Rounded as `rms_norm` rounds: once normalised, and once scaled."""
+    y = (x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32)
+    return (y * scale.to(tl.float32)).to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["M", "T", "S", "capacity", "eps"])
 def _projection_kernel(
     out_ptr, x_ptr, weight_ptr, bias_ptr, M,
@@ -124,32 +153,25 @@ def _projection_kernel(
     partial_ptr, ticket_ptr,
     N: tl.constexpr, K: tl.constexpr, EPILOGUE: tl.constexpr,
     PAIRS: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BLOCK_K: tl.constexpr, L: tl.constexpr,
-    SPLITS: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    BLOCK_K: tl.constexpr, L: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, NORM_LEVELS: tl.constexpr,
     EXPERT_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     dtype = x_ptr.dtype.element_ty
     row_tiles = tl.cdiv(M, R)
     tile = tl.program_id(0) // row_tiles  # row tiles of one weight tile are neighbours: L2 serves
-    rows = (tl.program_id(0) % row_tiles) * R + tl.arange(0, R)
+    first_row = tl.program_id(0) % row_tiles * R
+    rows = first_row + tl.arange(0, R)
     row_ok = rows < M
     part = tl.program_id(1)  # a split of K, or a place in the list of experts
 
-    # Which outputs the W weight rows of this tile are. Paired tiles hold two outputs that lie
-    # PAIRS apart (gate and up, the halves of a head) in their first and second half.
     SPAN: tl.constexpr = K // SPLITS
-    lane = tl.arange(0, W)
-    if PAIRS == 0:
-        n_W = tile * W + lane
-        n_ok = n_W < N
-    else:
+    n_W, n_ok = _outputs(tl.arange(0, W), tile, N, PAIRS, W)
+    if PAIRS > 0:
         TILES_PER_GROUP: tl.constexpr = (PAIRS + W // 2 - 1) // (W // 2)
         group = tile // TILES_PER_GROUP
         first_pair = tile % TILES_PER_GROUP * (W // 2)
-        pair_W = first_pair + lane % (W // 2)
-        n_W = group * (2 * PAIRS) + lane // (W // 2) * PAIRS + pair_W
-        n_ok = pair_W < PAIRS
 
     if expert_ptr is not None:
         if PDL:
@@ -172,31 +194,25 @@ def _projection_kernel(
         x_ok = row_ok
         first_k = part * SPAN
 
-    # Slab l of a block holds its columns l·BLOCK_K/L …: one slab a warp.
-    SLAB: tl.constexpr = BLOCK_K // L
-    if L == 1:
-        k = tl.arange(0, BLOCK_K)[None, :]
-        w_ptrs = weight_ptr + first_k + n_W.to(tl.int64)[:, None] * K + k
-        x_ptrs = x_ptr + first_k + rows.to(tl.int64)[:, None] * K + k
-        w_mask, x_mask = n_ok[:, None], x_ok[:, None]
-        acc = tl.zeros([W, R], tl.float32)
-    else:
-        k = (tl.arange(0, L)[:, None] * SLAB + tl.arange(0, SLAB)[None, :])[:, None, :]
-        w_ptrs = weight_ptr + first_k + n_W.to(tl.int64)[None, :, None] * K + k
-        x_ptrs = x_ptr + first_k + rows.to(tl.int64)[None, :, None] * K + k
-        w_mask, x_mask = n_ok[None, :, None], x_ok[None, :, None]
-        acc = tl.zeros([L, W, R], tl.float32)
-
-    ONE_BLOCK: tl.constexpr = SPAN <= BLOCK_K
-    if ONE_BLOCK:
-        w = tl.load(w_ptrs, mask=w_mask & (k < SPAN), other=0.0, eviction_policy="evict_first")
+    weight_ptr += first_k
+    x_ptr += first_k
+    EARLY: tl.constexpr = FIRST + SECOND
+    if EARLY > 0:
+        n_E, ok_E = _outputs(eights(W), tile, N, PAIRS, W)
+        line_E = n_E.to(tl.int64) * K
+        w0 = fetch(weight_ptr, line_E, ok_E, 0, FIRST, L, SPAN, "evict_first")
+        if SECOND > 0:
+            w1 = fetch(weight_ptr, line_E, ok_E, FIRST, SECOND, L, SPAN, "evict_first")
         if norm_weight_ptr is not None:
-            scale = tl.load(norm_weight_ptr + first_k + k, mask=k < SPAN, other=0.0).to(tl.float32)
+            one = tl.zeros([1, 1, 1, 1, 1], tl.int64)
+            scale0 = fetch(norm_weight_ptr, one, one == 0, 0, FIRST, L, SPAN, "")
+            if SECOND > 0:
+                scale1 = fetch(norm_weight_ptr, one, one == 0, FIRST, SECOND, L, SPAN, "")
     if PDL and expert_ptr is None:
         if PREFETCH > 0:
             LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-            line = tl.arange(0, PREFETCH) * LINE
-            lines = weight_ptr + first_k + n_W.to(tl.int64)[:, None] * K + line[None, :]
+            line = EARLY + tl.arange(0, PREFETCH) * LINE
+            lines = weight_ptr + n_W.to(tl.int64)[:, None] * K + line[None, :]
             prefetch_l2(tl.where(n_ok[:, None] & (line < SPAN)[None, :], lines, weight_ptr))
         gdc_wait()
         gdc_launch_dependents()
@@ -219,29 +235,42 @@ def _projection_kernel(
     if bias_ptr is not None:
         bias_W = tl.load(bias_ptr + n_W, mask=n_ok, other=0.0).to(tl.float32)
 
-    if ONE_BLOCK:
-        x = tl.load(x_ptrs, mask=x_mask & (k < SPAN), other=0.0)
+    if EARLY > 0:
+        row_E = first_row + eights(R)
+        line_E = row_E.to(tl.int64) * K
+        ok_E = row_E < M
+        if expert_ptr is not None:
+            place = routing_ptr + expert * capacity + row_E
+            ok_E = tl.load(place, mask=ok_E, other=0.0) != 0.0
+        x0 = fetch(x_ptr, line_E, ok_E, 0, FIRST, L, SPAN, "")
+        if SECOND > 0:
+            x1 = fetch(x_ptr, line_E, ok_E, FIRST, SECOND, L, SPAN, "")
         if norm_weight_ptr is not None:
             rstd_R = finish_rstd(squares, eps, K, R, NORM_LEVELS)
-            rstd = rstd_R[:, None] if L == 1 else rstd_R[None, :, None]
-            x = ((x.to(tl.float32) * rstd).to(dtype).to(tl.float32) * scale).to(dtype)
-        if L == 1:
-            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
+            rstd = tl.trans(tl.reshape(rstd_R, [R // 8, 8]))[:, None, None, :, None]
+            x0 = _normed(x0, rstd, scale0)
+            if SECOND > 0:
+                x1 = _normed(x1, rstd, scale1)
+        acc = tl.zeros([L, W, R], tl.float32)
+        acc = _add_product(acc, operand(w0, W, FIRST, L), operand(x0, R, FIRST, L), L)
+        if SECOND > 0:
+            acc = _add_product(acc, operand(w1, W, SECOND, L), operand(x1, R, SECOND, L), L)
+    elif L == 1:
+        acc = tl.zeros([W, R], tl.float32)
     else:
-        for k0 in tl.range(0, SPAN, BLOCK_K, num_stages=STAGES):
-            if SPAN % BLOCK_K == 0:
-                w = tl.load(w_ptrs + k0, mask=w_mask, other=0.0, eviction_policy="evict_first")
-                x = tl.load(x_ptrs + k0, mask=x_mask, other=0.0)
-            else:
-                w_ok, x_ok = w_mask & (k < SPAN - k0), x_mask & (k < SPAN - k0)
-                w = tl.load(w_ptrs + k0, mask=w_ok, other=0.0, eviction_policy="evict_first")
-                x = tl.load(x_ptrs + k0, mask=x_ok, other=0.0)
-            if L == 1:
-                acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
+        acc = tl.zeros([L, W, R], tl.float32)
+    if EARLY < SPAN:
+        k = _columns(BLOCK_K, L)
+        line_W, ok_W = _lines(n_W, L).to(tl.int64) * K, _lines(n_ok, L)
+        line_R, ok_R = _lines(rows, L).to(tl.int64) * K, _lines(x_ok, L)
+        for k0 in tl.range(EARLY, SPAN, BLOCK_K, num_stages=STAGES):
+            w_ok, in_x = ok_W, ok_R
+            if (SPAN - EARLY) % BLOCK_K != 0:
+                w_ok, in_x = ok_W & (k < SPAN - k0), ok_R & (k < SPAN - k0)
+            w_ptrs, x_ptrs = weight_ptr + line_W + (k0 + k), x_ptr + line_R + (k0 + k)
+            w = tl.load(w_ptrs, mask=w_ok, other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_ptrs, mask=in_x, other=0.0)
+            acc = _add_product(acc, w, x, L)
     if L > 1:
         acc = sum_slabs(acc, L, W, R)
 
@@ -271,9 +300,9 @@ def _projection_kernel(
         y_WR = (acc + residual_WR.to(tl.float32)).to(dtype)
         tl.store(out_ptr + y_ptrs, y_WR, mask=y_mask)
         block = tile * (W // _SQUARES) + tl.arange(0, W // _SQUARES)
-        place = out_squares_ptr + rows[:, None] * tl.cdiv(N, _SQUARES) + block[None, :]
-        sums = square_sums(tl.trans(tl.where(y_mask, y_WR.to(tl.float32), 0.0)), R, W)
-        tl.store(place, sums, mask=row_ok[:, None] & (block * _SQUARES < N)[None, :])
+        place = out_squares_ptr + rows[None, :] * tl.cdiv(N, _SQUARES) + block[:, None]
+        sums = square_sums(tl.where(y_mask, y_WR.to(tl.float32), 0.0), W, R)
+        tl.store(place, sums, mask=(block * _SQUARES < N)[:, None] & row_ok[None, :])
     elif EPILOGUE == "argmax":
         if out_ptr is not None:
             tl.store(out_ptr + y_ptrs, acc, mask=y_mask)
@@ -298,7 +327,7 @@ def _projection_kernel(
             _rotate_and_store(
                 out_ptr, key_ptr, value_ptr, low_WR, high_WR, cos_WR, sin_WR,
                 q_norm_ptr, k_norm_ptr, eps, group, pair, row_ok,
-                rows.to(tl.int64), (rows // T).to(tl.int64), slot_R, S, H, G, PAIRS,
+                rows.to(tl.int64), (rows // T).to(tl.int64), slot_R, S, H, G, PAIRS, W // 2, R,
             )  # fmt: skip
 
 
@@ -326,16 +355,26 @@ class Tiling:
     """How one projection is cut. A function of its shape alone, as bits follow from it."""
 
     rows: int  # weight rows of a tile, W
-    block_k: int
     slabs: int  # a slab of K a warp, or 1: the warps share the weight rows
+    early: tuple[int, int] = (0, 0)  # columns of two blocks that registers hold before the wait
+    block_k: int = 16  # columns of a block of the loop over the rest of K
     splits: int = 1
     warps: int = 4
     stages: int = 4
-    prefetch: int = 0  # 128-byte lines of each weight row asked for before the wait
+    prefetch: int = 0  # 128-byte lines of each weight row asked for before the wait, beyond `early`
+
+    @classmethod
+    def whole(cls, K: int, *, rows: int, slabs: int, warps: int | None = None) -> "Tiling":
+        """All of K in two blocks at most, so that little of them is padding: 576 = 512 + 64."""
+        first = 1 << (max(K, 32 * slabs).bit_length() - 1)
+        second = max(triton.next_power_of_2(K - first), 32 * slabs) if first < K else 0
+        if second >= first:
+            first, second = 2 * first, 0
+        return cls(rows=rows, slabs=slabs, early=(first, second), warps=warps or slabs)
 
     def holds_norm(self, K: int) -> bool:
         """Whether a program has a whole row of the input at once, as the norm's prologue needs."""
-        return self.splits == 1 and self.block_k >= K
+        return self.splits == 1 and sum(self.early) >= K
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -373,19 +412,21 @@ class Workspace:
 
 
 def choose_tiling(N: int, K: int, epilogue: str, *, expert: bool = False) -> Tiling:
-    """The measured rule (NOTES.md): one block of K where it fits, else blocks in a pipeline."""
-    block_k = triton.next_power_of_2(max(K, 32))
-    slabs = min(block_k // 16, 4 if block_k <= 1024 else 8)
-    if block_k <= 2048 and N * K <= 1 << 23:
-        wide = N > 2048 or (epilogue == "residual" and block_k <= 1024)
-        return Tiling(rows=32 if wide else 16, block_k=block_k, slabs=slabs, warps=slabs)
-    if block_k <= 1024 and not expert:
-        return Tiling(rows=64, block_k=block_k, slabs=min(block_k // 16, 8), warps=8)
-    if N < 64 and not expert:
-        return Tiling(rows=16, block_k=512, slabs=8, warps=8, splits=8 if K % 8 == 0 else 1)
-    if N >= 8192 or expert:
-        return Tiling(rows=64, block_k=128, slabs=1)
-    return Tiling(rows=16, block_k=512, slabs=8, warps=8, stages=6, prefetch=16)
+    """The measured rule (NOTES.md): all of K at once where it fits, else blocks in a pipeline."""
+    if (K <= 2048 and N * K <= 1 << 23) or (K <= 1024 and not expert):
+        rows = 16 if epilogue == "residual" else 32
+        return Tiling.whole(K, rows=rows, slabs=4 if rows * K <= 1 << 15 else 8)
+    if N < 64 and not expert and K <= 4096:
+        return Tiling.whole(K, rows=16, slabs=16)
+    if N >= 8192:
+        return Tiling(rows=64, slabs=1, block_k=128, prefetch=2)
+    if expert:
+        return Tiling(rows=32, slabs=8, block_k=512, warps=8, stages=3)
+    if N >= 4096 and epilogue == "residual":
+        return Tiling(rows=32, slabs=8, early=(512, 0), block_k=512, warps=8)
+    if N >= 4096:
+        return Tiling(rows=32, slabs=4, early=(512, 0), block_k=256)
+    return Tiling(rows=16, slabs=8, early=(512, 0), block_k=512, warps=8, stages=6, prefetch=16)
 
 
 def project(
@@ -445,7 +486,8 @@ def project(
         experts.routing_EM.shape[1] if experts else 1,
         workspace.partials if combine else None, workspace.tickets if combine else None,
         N, K, epilogue, pairs, heads, kv_heads,
-        R, tile, tiling.block_k, tiling.slabs, tiling.splits, tiling.stages, tiling.prefetch,
+        R, tile, *tiling.early, tiling.block_k, tiling.slabs, tiling.splits, tiling.stages,
+        tiling.prefetch,
         norm_levels(K), experts is not None and experts.own_input,
         num_warps=tiling.warps, **pdl,
     )  # fmt: skip

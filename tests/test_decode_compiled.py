@@ -40,8 +40,10 @@ LARGE = dict(
     num_layers=2, num_heads=32, num_kv_heads=8, head_size=128, num_experts=8, experts_per_token=2,
     expert_size=14336,
 )  # fmt: skip
-# What a kernel may read before it waits for its predecessors: weights, which nothing writes.
+# What a kernel may read before it waits for its predecessor: weights, which nothing writes, and
+# what only kernels before the predecessor write, for which that one has waited.
 IMMUTABLE = {"weight_ptr", "norm_weight_ptr"}
+OLDER = {"_decode_attention_kernel": {"position_ptr", "key_ptr", "value_ptr"}}
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def test_nothing_mutable_is_touched_before_the_wait(config: dict, launches: list
                 }
             elif "ld.global" in line or "prefetch.global" in line:
                 address = re.search(r"\[\s*(%\w+)", line)[1]
-                assert origin[address] and origin[address] <= IMMUTABLE, (launch.kernel, line)
+                allowed = IMMUTABLE | OLDER.get(launch.kernel.__name__, set())
+                assert origin[address] and origin[address] <= allowed, (launch.kernel, line)
                 early += 1
             elif len(registers) > 1:
                 origin[registers[0]] = set().union(*(origin.get(r, set()) for r in registers[1:]))

@@ -13,8 +13,9 @@ from draftnorm.kernels.decode_attention import (
     decode_attention,
     workspace_sizes,
 )
-from draftnorm.kernels.decode_norm import Norm, pdl_options
+from draftnorm.kernels.decode_norm import Norm, normalize, pdl_options
 from draftnorm.kernels.projection import (
+    Rotary,
     Tiling,
     Workspace,
     choose_tiling,
@@ -72,6 +73,10 @@ def projected(x: Tensor, weight: Tensor, epilogue: str, tiling: Tiling, **option
         )
     options = {"pdl": pdl_options(x.device)} | options
     norm = Norm(weight=torch.ones_like(x[0]), squares=squares.contiguous(), eps=1e-5)
+    if not tiling.holds_norm(x.shape[1]):
+        normed = torch.full_like(x, torch.nan)
+        normalize(normed, x, norm, rows=M, pdl=options["pdl"])
+        x, norm = normed, None
     project(out, x, weight, rows=M, epilogue=epilogue, workspace=workspace, tiling=tiling,
             norm=norm, **residual, **options)  # fmt: skip
     return out
@@ -99,9 +104,44 @@ def test_a_row_of_a_projection_has_the_same_bits_in_any_company(name: str) -> No
     assert torch.equal(without, everything[:5])
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("D,K", [(576, 64), (4096, 128)])
+def test_a_row_of_rotated_heads_has_the_same_bits_in_any_company(D, K, qk_norm) -> None:
+    H, G, M, S = 6, 2, 144, 200
+    x, weight = random(M, D), random((H + 2 * G) * K, D, seed=1) * D**-0.5
+    angles = random(S, K // 2, seed=2, dtype=torch.float32)
+    norms = [random(K, seed=3), random(K, seed=4)] if qk_norm else [None, None]
+    tiling = choose_tiling(len(weight), D, "rotary")
+
+    def turned(first: int, rows: int) -> Tensor:
+        cache = torch.full((2, 1, G, S, K), torch.nan, dtype=BF16, device="cuda")
+        positions = torch.arange(first, first + rows, device="cuda", dtype=torch.int32)
+        q = torch.full((rows, H, K), torch.nan, dtype=BF16, device="cuda")
+        rotary = Rotary(
+            cos=angles.cos(), sin=angles.sin(), positions_M=positions, slots_M=positions,
+            rows_per_sequence=rows, keys=cache[0], values=cache[1], eps=1e-5,
+            q_norm=norms[0], k_norm=norms[1],
+        )  # fmt: skip
+        workspace = Workspace(
+            partials=torch.empty(tiling.splits * 144 * len(weight), device="cuda"),
+            tickets=torch.zeros(144 * len(weight), dtype=torch.int32, device="cuda"),
+        )
+        project(q, x[first : first + rows].clone(), weight, rows=rows, epilogue="rotary",
+                workspace=workspace, tiling=tiling, rotary=rotary,
+                pdl=pdl_options(x.device))  # fmt: skip
+        kv = cache[:, 0, :, first : first + rows].permute(2, 0, 1, 3).flatten(1, 2)
+        return torch.cat([q, kv], dim=1)
+
+    everything = turned(0, M)
+    assert not everything.isnan().any()
+    for rows in LADDER:
+        for first in {0, M - rows, min(7, M - rows)}:
+            assert torch.equal(turned(first, rows), everything[first : first + rows])
+
+
 @pytest.mark.parametrize("H,G,K,window", [(9, 3, 64, None), (32, 8, 128, None), (8, 2, 64, 700)])
 def test_a_row_of_attention_has_the_same_bits_in_any_company(H, G, K, window) -> None:
-    T, start, S = 144, 4000, 4400  # crosses a split border at 4,096, which is a group's border too
+    T, start, S = 144, 8100, 8400  # crosses a split border at 8,192, which is a group's border too
     keys, values = random(1, G, S, K, seed=1), random(1, G, S, K, seed=2)
     q = random(T, H, K)
 

@@ -1,0 +1,69 @@
+"""Operands of the matrix instruction without shared memory: loaded where it wants them.
+
+Legend: L slabs of a sum, one a warp; C = columns / 32 L.
+
+What a program does between its wait and its result decides the time of a small kernel, and a trip
+through shared memory is two barriers. The instruction, m16n8k16, wants 2 columns of each of 4
+groups of 8 from a thread, while a thread loads best 8 neighbouring ones. Which columns those are is
+nothing to a sum, if both operands agree. So the columns of each 32 change names: thread t of four
+loads columns 8t … 8t + 7 of a line, and no value ever leaves its thread.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def prefetch_l2(addresses):
+    """Ask for the cache lines at these addresses, without waiting for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [addresses.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def eights(W: tl.constexpr):
+    """Lines 0 … W - 1 as [8, 1, 1, W / 8, 1], the shape of `fetch`."""
+    return (tl.arange(0, 8)[:, None] + 8 * tl.arange(0, W // 8)[None, :])[:, None, None, :, None]
+
+
+@triton.jit
+def fetch(ptr, line, ok, START: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr,
+           SPAN: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
+    """Columns START … of matrix lines as [8, L, BLOCK / 32 L, lines / 8, 32].
+
+    In Triton's default layout for this shape, four threads take 32 columns of a line, eight lines
+    are the other dimension of a warp, and slabs alternate between the warps.
+    """
+    C: tl.constexpr = BLOCK // (32 * L)
+    k = (tl.arange(0, L)[:, None] + L * tl.arange(0, C)[None, :])[None, :, :, None, None] * 32
+    k += START + tl.arange(0, 32)[None, None, None, None, :]
+    if START + BLOCK > SPAN:
+        ok &= k < SPAN
+    return tl.load(ptr + line + k, mask=ok, other=0.0, eviction_policy=POLICY)
+
+
+@triton.jit
+def operand(x, LINES: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr):
+    """What `fetch` brought as [L, lines, BLOCK / L], its columns permuted within each 32."""
+    C: tl.constexpr = BLOCK // (32 * L)
+    x = tl.reshape(x, [8, L, C, LINES // 8, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(x, (1, 3, 0, 2, 5, 6, 4, 7)), [L, LINES, C * 32])
+
+
+@triton.jit
+def sum_slabs(acc_LWR, L: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
+    """Sum [L, W, R] over L, neighbours first. Returns [W, R].
+
+    `split` wants both operands in one thread: one exchange between the warps that own the slabs.
+    """
+    acc = tl.permute(acc_LWR, (1, 2, 0))
+    for level in tl.static_range(L.bit_length() - 1):
+        left, right = tl.split(tl.reshape(acc, [W, R, L >> (level + 1), 2]))
+        acc = left + right
+    return tl.reshape(acc, [W, R])
