@@ -32,6 +32,7 @@ from draftnorm.kernels.operands import eights, operand, sum_slabs
 ROWS = 16
 SPLIT = 512
 GROUP_SPLITS = 16  # splits joined at a time
+BLOCK_S, SLABS = 64, 4  # keys of a block, of which registers hold two; its slabs, one a warp
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 _GROUP_SPLITS: tl.constexpr = tl.constexpr(GROUP_SPLITS)
 
@@ -320,14 +321,13 @@ def decode_attention(
     _, H, K = q_MHK.shape
     _, G, S, _ = keys.shape
     sequences = len(path_start) if path_start is not None else keys.shape[0]
-    slabs = 4 if K <= 64 else 8  # of 16 keys in a block, one a warp: what registers hold twice
     _decode_attention_kernel[(*_tiles(sequences, rows, H, G), splits)](
         out_MHK, q_MHK, keys, values, positions_M, rows, S,
         0 if path_start is not None else G * S, K**-0.5 * math.log2(math.e),
         path_slots, path_start, path_slots.shape[1] if path_slots is not None else 0,
         workspace.acc, workspace.extremes, workspace.tickets,
-        H, G, K, window or 0, max(triton.next_power_of_2(K), 64), SPLIT, 16 * slabs, slabs,
-        num_warps=slabs, **pdl,
+        H, G, K, window or 0, max(triton.next_power_of_2(K), 64), SPLIT, BLOCK_S, SLABS,
+        num_warps=SLABS, **pdl,
     )  # fmt: skip
 
 
