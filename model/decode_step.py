@@ -232,7 +232,7 @@ class DecodeStep:
             return
         assert not any(self.cache.lengths), "compiling writes to the first positions"
         shapes = [(T, False) for T in blocks] + [(T, True) for T in stream_blocks]
-        tiers = sorted({self._tier(n) for n in (*lengths[::SPLIT], *lengths[-1:])})
+        tiers = self._tiers(lengths)
 
         def launch_all() -> None:
             for T, plain in shapes:
@@ -295,7 +295,7 @@ class DecodeStep:
         self._tell(tokens)
         if self.x.is_cuda:  # a tier that begins on the way must not stop it
             self._graph(T, self._tier(start + T), plain=True)
-            for tier in sorted({self._tier(start + T + n) for n in range(1, count)}):
+            for tier in self._tiers(range(start + T + 1, start + T + count)):
                 self._graph(1, tier, plain=True)
         ring, sent = self.ring[0].numpy(), 0
         for taken in range(count):
@@ -328,6 +328,10 @@ class DecodeStep:
         """Splits of attention's grid for a context of `length`: a power of two, or all."""
         splits, most = -(-length // SPLIT), -(-self.cache.capacity // SPLIT)
         return min(max(1 << (splits - 1).bit_length(), 2), most)
+
+    def _tiers(self, lengths: range) -> list[int]:
+        """All tiers that contexts of these lengths need."""
+        return sorted({self._tier(n) for n in (*lengths[::SPLIT], *lengths[-1:])})
 
     def _synchronize(self) -> None:
         if self.x.is_cuda:
