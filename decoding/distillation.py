@@ -27,7 +27,7 @@ from draftnorm.model.transformer import Call, Transformer
 
 # The draft's run: small and quick, so that a step takes many tokens and a high learning rate.
 DRAFT = TrainingConfig(
-    steps=16_000, batch_size=16, block_size=1024, learning_rate=4e-3, warmup_steps=200
+    steps=14_100, batch_size=16, block_size=1024, learning_rate=3e-3, warmup_steps=200
 )
 
 

@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 # Modules that import torch are imported where they are used: --help and usage errors stay fast.
-from draftnorm.scripts.options import add_device_arguments, positive_int, torch_dtype
+from draftnorm.scripts.options import add_device_arguments, count, positive_int, torch_dtype
 from draftnorm.scripts.terminal import stderr_console
 
 # Beside tokenizer.model, so that transformers, too, takes text as it is.
@@ -60,10 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     step = steps.add_parser("draft", help="distil the Llama-style draft from the target")
     step.add_argument("--target", type=Path, default=Path("runs/target"), metavar="DIR")
-    step.add_argument("--layers", type=positive_int, default=1, metavar="N")
+    step.add_argument("--layers", type=positive_int, default=2, metavar="N")
     step.add_argument("--hidden-size", type=positive_int, default=128, metavar="N")
     step.add_argument(
-        "--generate", type=positive_int, metavar="N", help="let the target write N blocks first"
+        "--generate",
+        type=count,
+        default=73_728,
+        metavar="N",
+        help="let the target write N blocks first; 0 keeps those of the last run",
     )
     step.add_argument(
         "--mix", type=positive_int, default=7, metavar="N", help="blocks of it to one of real text"
