@@ -10,6 +10,7 @@ costs a few probes and no more.
 
 import math
 from bisect import bisect_left
+from itertools import pairwise
 
 from draftnorm.decoding.statistics import Cycle
 
@@ -38,20 +39,22 @@ class AutoDraftLength:
     """Call `next` for the length of a cycle and `observe` with what came of it."""
 
     most = MAX_DRAFT_LENGTH
-    HYSTERESIS = 1.03  # a change of length must promise this much, so that noise changes nothing
-    PROBE_SHARE = 0.02  # time that probes may cost; the promise is to lose at most 3 %
-    PROBE_WAIT = 16, 256  # cycles between probes, at least and at most
+    MARGIN = 1.03  # drafting must promise this much, so that noise does not start it
+    PROBE_CREDIT = 0.5  # plain steps that probes may lose at once: one bad guess decides nothing
+    PROBE_SHARE = 0.02  # of the time, that they may lose beyond; the promise is 3 % in all
+    PROBE_WAIT = 256  # cycles between probes at most
     RECONSIDER = 16  # idle cycles after which an old measurement may have expired
-    HOPELESS = 1.5  # a probe that would cost this much more, even so seldom, was the last
+    HOPELESS = 7.5  # a probe that lost so many plain steps was the last
 
     def __init__(self) -> None:
         self._acceptance, self._cost = Acceptance(), CycleCost()
         self._length = 0  # the first cycle is plain: everything is compared with it
-        self._idle = self._wait = 0  # cycles since the last draft, and how many are due
+        self._idle, self._wait = 0, 1  # cycles since the last draft, and how many are due
+        self._lost = 0.0  # plain steps that probes have lost, less what they were allowed since
 
     def next(self) -> int:
         if self._length == 0:
-            return 1 if self._idle > self._wait else 0
+            return 1 if self._idle >= self._wait else 0
         return 0 if self._cost.is_forgetting_plain() else self._length
 
     @property
@@ -71,23 +74,24 @@ class AutoDraftLength:
             self._idle = 0
         else:  # not asked for, or the drafter had nothing to say: a due probe stays due
             self._idle += 1
+            self._lost = max(0.0, self._lost - self.PROBE_SHARE)
         if self._idle % self.RECONSIDER == 0:
             self._length = self._best()
 
     def _schedule_probe(self, probe: Cycle) -> None:
-        """Probes back off until they cost PROBE_SHARE of the time; one that paid is repeated."""
+        """A probe that paid is repeated at once, another when what probes lost is within bounds."""
         self._acceptance.fade()
+        self._wait = 0
         plain = self._cost.verify_seconds()[0]
         worth = plain * (1 + probe.accepted)
-        shortest, longest = self.PROBE_WAIT
         if probe.draft_seconds + probe.verify_seconds < worth:
-            self._wait = 0
             return
-        self._wait = max(shortest, (probe.seconds - worth) / (self.PROBE_SHARE * plain))
-        if self._wait > longest:
+        loss = (probe.seconds - worth) / plain
+        self._lost += loss
+        self._wait = min((self._lost - self.PROBE_CREDIT) / self.PROBE_SHARE, self.PROBE_WAIT)
+        if loss > self.HOPELESS:
             # What the drafter missed costs more the longer one waits: then waiting does not help.
-            hopeless = self._wait > self.HOPELESS * longest
-            self._wait = math.inf if hopeless else longest
+            self._wait = math.inf
 
     def _best(self) -> int:
         # Plain lists: at this size NumPy takes 75 µs a cycle, several per cent of a small model's.
@@ -99,9 +103,7 @@ class AutoDraftLength:
             seconds = length * self._cost.draft_seconds + verify_seconds[length]
             rates.append(tokens / seconds)
         best = max(range(self._cost.horizon + 1), key=rates.__getitem__)
-        if rates[best] < self.HYSTERESIS * rates[0]:
-            return 0  # stopping is not held back: hysteresis must not keep a loss going
-        return best if rates[best] > self.HYSTERESIS * rates[self._length] else self._length
+        return best if rates[best] > self.MARGIN * rates[0] else 0
 
 
 class Acceptance:
@@ -112,13 +114,14 @@ class Acceptance:
     """
 
     DECAY = 0.9  # a memory of about ten cycles
-    PRIOR = 0.6  # the first position's rate before anything is known
-    BORROWED = 0.5  # weight, in observations, of the prior and of the position before
+    PRIOR = 1.4, 2.0  # accepted of tested at the first position, before anything is known
+    BORROWED = 2.0  # weight, in observations, of the position before
     FADED = 2.0  # the weight that old evidence keeps when a probe brings new
 
     def __init__(self) -> None:
         self._accepted = [0.0] * MAX_DRAFT_LENGTH
         self._tested = [0.0] * MAX_DRAFT_LENGTH
+        self._accepted[0], self._tested[0] = self.PRIOR
 
     def observe(self, cycle: Cycle) -> None:
         tested = min(cycle.accepted + 1, cycle.drafted)
@@ -133,25 +136,24 @@ class Acceptance:
                 self._tested[i] = self.FADED
 
     def rates(self) -> list[float]:
-        rates, before = [], self.PRIOR
+        rates, weight = [0.0], 0.0
         for accepted, tested in zip(self._accepted, self._tested, strict=True):
-            before = (accepted + self.BORROWED * before) / (tested + self.BORROWED)
-            rates.append(before)
-        return rates
+            rates.append((accepted + weight * rates[-1]) / (tested + weight))
+            weight = self.BORROWED
+        return rates[1:]
 
 
 class CycleCost:
     """Running seconds of a draft and of a verify by number of drafts.
 
-    A length that was not measured is taken between its neighbours, and past the longest measured to
-    cost little more than that one: hope makes it tried, and then it is measured. Measurements
-    unused for `EXPIRY` cycles are dropped, so that one slow call does not rule a length out for
-    good.
+    A length that was not measured is taken on the line through its neighbours, or through the last
+    two: hope makes it tried, and then it is measured. Measurements unused for `EXPIRY` cycles are
+    dropped, so that one slow call does not rule a length out for good.
     """
 
     WEIGHT = 0.25  # of a new sample in the running mean
     EXPIRY = 128
-    UNKNOWN = 1.1  # dearer than the longest measured: what is tried must promise a tenth
+    UNKNOWN = 1.1  # past the longest measured at least so much dearer: it must promise a tenth
 
     def __init__(self) -> None:
         self.draft_seconds = 0.0
@@ -187,15 +189,16 @@ class CycleCost:
         # More rows never cost less, so a shorter block that seems to cost more was disturbed.
         for i in reversed(range(len(seconds) - 1)):
             seconds[i] = min(seconds[i], seconds[i + 1])
+        points = list(zip(measured, seconds, strict=True))
+        slopes = [(t - s) / (d - c) for (c, s), (d, t) in pairwise(points)] or [0.0]
         estimates = []
         for drafts in range(MAX_DRAFT_LENGTH + 1):
             right = bisect_left(measured, drafts)
             if right == len(measured):
-                estimates.append(self.UNKNOWN * seconds[-1])
-            elif right == 0 or measured[right] == drafts:
-                estimates.append(seconds[right])
+                line = seconds[-1] + slopes[-1] * (drafts - measured[-1])
+                estimates.append(max(line, self.UNKNOWN * seconds[-1]))
+            elif right == 0:
+                estimates.append(seconds[0])
             else:
-                left = right - 1
-                share = (drafts - measured[left]) / (measured[right] - measured[left])
-                estimates.append(seconds[left] + share * (seconds[right] - seconds[left]))
+                estimates.append(seconds[right] + slopes[right - 1] * (drafts - measured[right]))
         return estimates
