@@ -152,16 +152,16 @@ class ModelDrafter:
             kept = min(kept, len(self._tokens) + agreed)
         self._cache.rollback(kept)
         self._extend(tokens)
-        # Something is missing only if cycles went by without drafting. Full blocks up to the end
-        # write some tokens again; a prompt's pass costs a GPU as much as many of them.
+        # Something is missing only if cycles went by without drafting. Full blocks, of which the
+        # last writes some tokens again: a prompt's pass costs a GPU as much as many of them.
         end = len(self._tokens) - 2
-        start = end - -(-(end - kept) // ROWS) * ROWS
-        if not isinstance(self.engine, DecodeStep) or start < 0:
+        if not isinstance(self.engine, DecodeStep) or end < ROWS:
             self._feed(self._tokens[kept:end])
-        elif start < end and not self._lost:
-            self._cache.rollback(start)
-            for i in range(start, end, ROWS):
-                self.engine.forward([self._tokens[i : i + ROWS]])
+        elif not self._lost:
+            for i in range(kept, end, ROWS):
+                start = min(i, end - ROWS)
+                self._cache.rollback(start)
+                self.engine.forward([self._tokens[start : start + ROWS]])
 
     def propose(self, length: int) -> tuple[list[int], Tensor | None]:
         # The last draft is not fed, so the positions needed end one before it.

@@ -411,8 +411,12 @@ class Workspace:
     tickets: Tensor
 
 
-def choose_tiling(N: int, K: int, epilogue: str, *, expert: bool = False) -> Tiling:
+def choose_tiling(
+    N: int, K: int, epilogue: str, *, expert: bool = False, head_norm: bool = False
+) -> Tiling:
     """The measured rule (NOTES.md): all of K at once where it fits, else blocks in a pipeline."""
+    if head_norm:  # a tile is a whole head, too much for a block of all of K
+        return Tiling(rows=64, slabs=1, block_k=128)
     if (K <= 2048 and N * K <= 1 << 23) or (K <= 1024 and not expert):
         rows = 16 if epilogue == "residual" else 32
         return Tiling.whole(K, rows=rows, slabs=4 if rows * K <= 1 << 15 else 8)

@@ -189,11 +189,8 @@ class DecodeStep:
         rotary = torch.arange(positions, device=device)[:, None] * model.frequencies()
         self.cos, self.sin = rotary.cos(), rotary.sin()
         qkv_rows = (H + 2 * G) * K
-        qkv = choose_tiling(qkv_rows, D, "rotary")
-        if config.qk_norm:  # a tile is a whole head, too much for a block of all of K
-            qkv = Tiling(rows=64, block_k=128, slabs=1)
         self.tilings = {
-            "qkv": qkv,
+            "qkv": choose_tiling(qkv_rows, D, "rotary", head_norm=config.qk_norm),
             "o": choose_tiling(D, H * K, "residual"),
             "gate_up": choose_tiling(2 * config.intermediate_size, D, "gated"),
             "down": choose_tiling(D, config.intermediate_size, "residual"),

@@ -111,7 +111,7 @@ def test_a_row_of_rotated_heads_has_the_same_bits_in_any_company(D, K, qk_norm) 
     x, weight = random(M, D), random((H + 2 * G) * K, D, seed=1) * D**-0.5
     angles = random(S, K // 2, seed=2, dtype=torch.float32)
     norms = [random(K, seed=3), random(K, seed=4)] if qk_norm else [None, None]
-    tiling = choose_tiling(len(weight), D, "rotary")
+    tiling = choose_tiling(len(weight), D, "rotary", head_norm=qk_norm)
 
     def turned(first: int, rows: int) -> Tensor:
         cache = torch.full((2, 1, G, S, K), torch.nan, dtype=BF16, device="cuda")
