@@ -1,11 +1,11 @@
-"""Tokens per second of plain decoding, beside transformers: `draftnorm benchmark decode`.
+"""Tokens per second, plain and with n-grams, beside transformers: `draftnorm benchmark decode`.
 
     draftnorm benchmark decode --target DIR -p 64,512 -n 64,256 -o json --plot speed.png
     draftnorm benchmark decode --shape llama-3.2-1b --context 64,1000,32768
 
 With --shape: random weights of that shape on a GPU, step by step and kernel by kernel, as
-benchmark_shape.py says. Else whole engines decode with a checkpoint, on any device. `draftnorm
-benchmark speculate` is the latter with drafters too.
+benchmark_shape.py says. Else whole engines decode with a checkpoint, on any device; `draftnorm
+benchmark speculate` is that with drafters and draft lengths of your choice.
 
 All engines run greedily in one process on the same threads, take turns in each repeat after an
 untimed run, and are timed by the same clock: the arrival of committed tokens.
@@ -13,7 +13,8 @@ untimed run, and are timed by the same clock: the arrival of committed tokens.
 *first token* is the time from the call to the first tokens; *tokens/s* counts what comes after them
 (so it leaves out prefill), median and spread over the repeats. Stop tokens are ignored: all decode
 as much. Without -p the prompt is the built-in one, code to edit; -p cuts or repeats it, which
-suits plain decoding: a repeated prompt flatters an n-gram drafter.
+suits plain decoding: a repeated prompt flatters an n-gram drafter. transformers runs greedily and
+with prompt lookup.
 """
 
 if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
@@ -101,7 +102,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure every prompt length × new tokens × engine, and print tables or one document."""
     if args.shape is None:
-        return run_engines(args, drafts=[])
+        return run_engines(args, drafts=["ngram"], lengths=["auto"])
     if args.target or args.device == "cpu":
         raise ValueError("--shape takes no --target, and runs on a GPU alone")
     from draftnorm.scripts import benchmark_shape
@@ -110,16 +111,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_engines(args: argparse.Namespace, *, drafts: list[str]) -> int:
+def run_engines(args: argparse.Namespace, *, drafts: list[str], lengths: list[int | str]) -> int:
     """Compare plain decoding, speculation with each of `drafts`, and transformers."""
 
     def measure_all() -> dict[str, Any]:
         from draftnorm.scripts import report
 
         target, load = measure_load(args)
-        engines = our_engines(target, args, drafts)
+        engines = our_engines(target, args, drafts, lengths)
         if not args.no_peers:
-            engines |= transformers_engines(target, lookup=bool(drafts))
+            engines |= transformers_engines(target)
         rows = []
         for prompt_tokens, new_tokens in itertools.product(
             args.prompt_tokens or [None], args.new_tokens or [128]
@@ -189,7 +190,9 @@ def benchmark_prompt(target: "Loaded", prompt_tokens: int | None) -> list[int]:
     return list(itertools.islice(itertools.cycle(text), prompt_tokens or len(text)))
 
 
-def our_engines(target: "Loaded", args: argparse.Namespace, drafts: list[str]) -> dict[str, Engine]:
+def our_engines(
+    target: "Loaded", args: argparse.Namespace, drafts: list[str], lengths: list[int | str]
+) -> dict[str, Engine]:
     """Plain decoding, and speculation for each drafter and draft length."""
     from draftnorm.decoding.generation import generate
     from draftnorm.decoding.speculation import speculate
@@ -208,14 +211,14 @@ def our_engines(target: "Loaded", args: argparse.Namespace, drafts: list[str]) -
     engines = {"draftnorm plain": engine(generate)}
     for name in drafts:
         draft = name if name == "ngram" else options.load(name, args).model
-        for length in args.draft_length:
+        for length in lengths:
             label = f"draftnorm {Path(name).name}, length {length}"
             engines[label] = engine(speculate, draft=draft, draft_length=length)
     return engines
 
 
-def transformers_engines(target: "Loaded", *, lookup: bool) -> dict[str, Engine]:
-    """Greedy decoding and, with `lookup`, prompt lookup in transformers; nothing without it."""
+def transformers_engines(target: "Loaded") -> dict[str, Engine]:
+    """Greedy decoding and prompt lookup in transformers; nothing, with a note, without it."""
     try:
         import torch
         from transformers import AutoModelForCausalLM
@@ -256,10 +259,10 @@ def transformers_engines(target: "Loaded", *, lookup: bool) -> dict[str, Engine]
 
         return decode
 
-    engines = {"transformers greedy": engine()}
-    if lookup:
-        engines["transformers prompt lookup"] = engine(prompt_lookup_num_tokens=LOOKUP_TOKENS)
-    return engines
+    return {
+        "transformers greedy": engine(),
+        "transformers prompt lookup": engine(prompt_lookup_num_tokens=LOOKUP_TOKENS),
+    }
 
 
 def compare_engines(

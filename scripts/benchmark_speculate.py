@@ -4,7 +4,7 @@
     draftnorm benchmark speculate --target DIR --draft ngram -n 128 -r 5
 
 The engines, the clock and the prompts are those of `draftnorm benchmark decode` (greedy; the tokens
-must be those of plain decoding). transformers runs greedily and with prompt lookup.
+must be those of plain decoding).
 """
 
 if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
@@ -40,6 +40,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print one table or document."""
-    return run_engines(
-        args, drafts=args.draft or (["ngram"] if args.target else ["draft", "ngram"])
-    )
+    drafts = args.draft or (["ngram"] if args.target else ["draft", "ngram"])
+    return run_engines(args, drafts=drafts, lengths=args.draft_length)

@@ -162,11 +162,14 @@ def test_benchmark_speculate_beside_transformers(make_checkpoint, capsys, tmp_pa
     assert comma_separated[0].startswith("# ") and len(comma_separated) == 2 + 10
 
 
-def test_benchmark_decode_is_plain_decoding(make_checkpoint, capsys):
+def test_benchmark_decode_is_plain_decoding_and_n_grams(make_checkpoint, capsys):
     argv = ["benchmark", "decode", "--target", str(make_checkpoint()), "--device", "cpu"]
     assert main([*argv, "-p", "9", "-n", "6", "-r", "1", "--no-peers", "-o", "json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert [row["engine"] for row in document["results"]] == ["draftnorm plain"]
+    assert [row["engine"] for row in document["results"]] == [
+        "draftnorm plain",
+        "draftnorm ngram, length auto",
+    ]
     assert document["results"][0]["times_transformers"] is None
     assert document["transformers"] is None
 
