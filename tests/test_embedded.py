@@ -91,7 +91,7 @@ def test_speculation_gives_plain_decodings_tokens(target, draft, tokenizer):
         target, tokenizer, prompt, draft=draft, draft_length=4, max_new_tokens=64
     ).result()
     assert result.token_ids == plain.token_ids
-    assert result.speculation.acceptance_rate > 0.1
+    assert result.speculation.acceptance_rate > 0.55  # the goal of the whole evaluation
 
 
 def test_the_built_in_prompt_is_the_head_of_a_function():
