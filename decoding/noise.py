@@ -22,6 +22,9 @@ DRAFT = 1  # proposals under the rejection rule
 ACCEPT = 2  # accept or reject
 RESIDUAL = 3  # the residual distribution after a rejection, and the bonus token
 
+# −log(−log u) is between −2.82 (u = 2⁻²⁴) and 16.64 (u = 1 − 2⁻²⁴); with room for rounding.
+GUMBEL_RANGE = 19.5
+
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85  # golden ratio and √3 − 1, added to the key each round
 _WORD = np.uint64(0xFFFFFFFF)

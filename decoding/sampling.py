@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from draftnorm.decoding.noise import EXACT, Noise
+from draftnorm.decoding.noise import EXACT, GUMBEL_RANGE, Noise
 from draftnorm.kernels.sample import pack_settings
 
 
@@ -90,9 +90,13 @@ class Sampler:
         """Draw from weights given as logarithms, −inf for zero, up to a common constant.
 
         The Gumbel-max form of the exponential race argmax(w / e): no sum, no cumulative
-        distribution, and a token of weight zero cannot win.
+        distribution, and a token of weight zero cannot win. Nor can one that lies further behind
+        the favourite than noise can differ: drawing none for those halves the time.
         """
-        live = torch.nonzero(log_weights_V != -math.inf).squeeze(1)  # NaN stays, to be found
+        favourite = log_weights_V[_argmax(log_weights_V, position)]
+        if favourite == -math.inf:
+            raise ValueError(f"no token has a finite logit at position {position}")
+        live = torch.nonzero(log_weights_V >= favourite - GUMBEL_RANGE).squeeze(1)
         noise = torch.from_numpy(self.noise.gumbel(position, live.cpu().numpy(), stream))
         winner = _argmax(log_weights_V[live] + noise.to(log_weights_V.device), position)
         return int(live[winner])
@@ -133,7 +137,5 @@ def checked(token: int, position: int) -> int:
 
 def _argmax(scores_V: Tensor, position: int) -> int:
     """The lowest id of the largest score. argmax takes NaN for the largest: one look finds any."""
-    if len(scores_V) == 0:
-        raise ValueError(f"no token has a finite logit at position {position}")
     winner = int(scores_V.argmax())
     return checked(-1 if math.isnan(scores_V[winner]) else winner, position)

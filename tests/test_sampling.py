@@ -13,7 +13,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from draftnorm.decoding.noise import EXACT, RESIDUAL
+from draftnorm.decoding.noise import EXACT, GUMBEL_RANGE, RESIDUAL
 from draftnorm.decoding.sampling import Sampler, SamplingConfig, warp
 
 CONFIGS = [
@@ -87,6 +87,22 @@ def test_a_sample_is_argmax_of_logits_plus_noise() -> None:
     sampler = Sampler(SamplingConfig(temperature=1.0, seed=9), request_id=4)
     noise = sampler.noise.gumbel(11, np.arange(4), EXACT)
     assert sampler.sample(row, 11) == int(np.argmax(row.numpy() + noise))
+
+
+@pytest.mark.parametrize("spread", [0.1, 5.0, 12.0, 100.0])
+def test_a_race_without_the_hopeless_is_the_whole_race(spread: float) -> None:
+    sampler = Sampler(SamplingConfig(temperature=1.0, seed=3))
+    rows_MV = torch.randn(200, 300, generator=torch.Generator().manual_seed(1)) * spread
+    for position, row_V in enumerate(rows_MV):
+        noise = sampler.noise.gumbel(position, np.arange(300), EXACT)
+        whole = int((row_V + torch.from_numpy(noise)).argmax())
+        assert sampler.race(row_V, position, EXACT) == whole
+
+
+def test_no_noise_is_outside_the_range_that_a_race_counts_on() -> None:
+    u = np.float32([0.5, 2**23 - 0.5]) * np.float32(2**-23)  # of all 2²³ the outermost
+    least, most = -np.log(-np.log(u))
+    assert GUMBEL_RANGE - 0.1 < most - least < GUMBEL_RANGE - 0.01
 
 
 def test_weight_zero_never_wins() -> None:
