@@ -62,8 +62,8 @@ class AutoDraftLength:
         """How many cycles from this one on will certainly not draft."""
         if self._length:
             return 0
-        due = min(self._wait - self._idle + 1, self.RECONSIDER - self._idle % self.RECONSIDER)
-        return max(int(due), 0)
+        due = min(self._wait - self._idle, self.RECONSIDER - self._idle % self.RECONSIDER)
+        return max(math.ceil(due), 0)
 
     def observe(self, cycle: Cycle) -> None:
         self._cost.observe(cycle)

@@ -185,3 +185,23 @@ def test_plain_decoding_is_measured_again_while_drafting() -> None:
     ]
     assert max(gaps) <= 128
     assert len(plain) < 0.03 * len(cycles)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_idle_cycles_are_those_that_do_not_draft(seed: int) -> None:
+    """Plain cycles run ahead of the host by `idle`: one too many would throw a draft away."""
+    rng, length, due = random.Random(seed), AutoDraftLength(), 0
+    for _ in range(1000):
+        drafted, idle = length.next(), length.idle
+        assert idle >= due
+        if idle:
+            assert drafted == 0
+        due = max(idle - 1, 0)
+        length.observe(
+            Cycle(
+                drafted=drafted,
+                accepted=rng.randint(0, drafted),
+                draft_seconds=drafted * rng.choice((0.0, 0.25, 3.0)),
+                verify_seconds=1.0,
+            )
+        )
