@@ -100,8 +100,8 @@ class SpeculativeDecoder(PlainDecoder):
         super().__init__(model, request, blocks=blocks, slack=MAX_DRAFT_LENGTH, exact=exact)
         self._drafter, self._length, self._exact = drafter, length, exact
         if isinstance(drafter, ModelDrafter) and drafter.engine.compile_seconds is not None:
-            self.compile_seconds += drafter.engine.compile_seconds
-            self.capture_seconds += drafter.engine.capture_seconds
+            self.compile_seconds = (self.compile_seconds or 0.0) + drafter.engine.compile_seconds
+            self.capture_seconds = (self.capture_seconds or 0.0) + drafter.engine.capture_seconds
         self._told = 0  # committed tokens that the drafter knows of
         self._cycles: list[Cycle] = []
         self._looks_up = isinstance(drafter, NgramDrafter)
