@@ -105,16 +105,20 @@ class ReadableStep:
 
     def __init__(self, model: Transformer, cache: KVCache, vocabulary: int | None) -> None:
         self.model, self.cache, self.vocabulary = model, cache, vocabulary
-        self._before = model.experts_touched, model.expert_layer_passes
+        self._touched = self._passes = 0
 
     def expert_counts(self) -> tuple[int, int]:
         """Experts touched by the steps so far, and the layers that touched them (once a tile)."""
-        model, (touched, passes) = self.model, self._before
-        return model.experts_touched - touched, model.expert_layer_passes - passes
+        return self._touched, self._passes
 
     def forward(self, tokens_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Append T tokens to every sequence of the cache; logits after each, fp32 [B, T, V]."""
-        return self.model.decode(tokens_BT, self.cache)[:, :, : self.vocabulary]
+        model = self.model  # which others decode with, too: a draft that is the target itself
+        touched, passes = model.experts_touched, model.expert_layer_passes
+        logits_BTV = model.decode(tokens_BT, self.cache)[:, :, : self.vocabulary]
+        self._touched += model.experts_touched - touched
+        self._passes += model.expert_layer_passes - passes
+        return logits_BTV
 
 
 class DecodeStep:

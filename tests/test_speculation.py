@@ -346,9 +346,12 @@ def test_cache_equals_plain_decoding_after_100_cycles(target, kind: str) -> None
 
 
 def test_experts_are_counted_for_a_mixture() -> None:
-    mixture = transformer(
-        2, architecture="mixtral", num_experts=4, experts_per_token=2, expert_size=16
-    )
-    result = speculate(mixture, None, [1, 2], draft_length=3, draft=mixture, max_new_tokens=20)
-    assert 2 <= result.result().speculation.experts_per_layer <= 4
-    assert list(result.result().token_ids) == outputs(mixture, [1, 2], max_new_tokens=20)
+    sparse = dict(architecture="mixtral", num_experts=4, experts_per_token=2, expert_size=16)
+    mixture, its_copy = (transformer(2, **sparse) for _ in range(2))
+    options = dict(draft_length=3, max_new_tokens=20)
+    result = speculate(mixture, None, [1, 2], draft=mixture, **options).result()
+    assert 2 <= result.speculation.experts_per_layer <= 4
+    assert list(result.token_ids) == outputs(mixture, [1, 2], max_new_tokens=20)
+    # What a model touches as a draft is not the target's.
+    apart = speculate(mixture, None, [1, 2], draft=its_copy, **options).result()
+    assert result.speculation.experts_per_layer == apart.speculation.experts_per_layer
