@@ -4,6 +4,9 @@
 """
 
 import dataclasses
+import gc
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from draftnorm.decoding import drafters, generation
 from draftnorm.decoding.generation import generate
 from draftnorm.decoding.sampling import Sampler, SamplingConfig
 from draftnorm.decoding.speculation import speculate
+from draftnorm.model import decode_step
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
@@ -76,6 +80,17 @@ def test_experts_are_counted_as_on_the_readable_path(request) -> None:
     result = speculate(target, None, PROMPT, **options).result()
     assert result.token_ids == expected.token_ids
     assert 2 <= result.speculation.experts_per_layer == expected.speculation.experts_per_layer
+
+
+def test_a_target_and_its_draft_may_decode_in_different_ways(steps, monkeypatch) -> None:
+    """A target with fp32 weights, or too large for the kernels' tilings, has a small draft."""
+    target, draft = tiny(1), tiny(2, head_size=12)
+    monkeypatch.setattr(generation, "open_step", decode_step.open_step)
+    expected, lengths = readable(target, max_new_tokens=NEW)
+    run = speculate(target, None, PROMPT, draft=draft, draft_length=2, max_new_tokens=NEW)
+    assert len(steps) == 1 and not isinstance(run.decoder.engine, DecodeStep)
+    assert (run.result().token_ids, run.decoder.cache.lengths) == (expected, lengths)
+    assert run.result().compile_seconds == 0.0  # the draft's, in the interpreter
 
 
 def test_an_early_end_leaves_the_cache_as_the_readable_path_does(request) -> None:
@@ -151,3 +166,31 @@ def test_broken_weights_are_an_error(temperature: float, steps: list[DecodeStep]
             values.fill_(torch.nan)
         with pytest.raises(ValueError, match="logits at position 6 hold NaN"):
             next(run)
+
+
+@pytest.mark.parametrize("end", ["done", "closed", "failed", "unread"])
+def test_nothing_outlives_a_generation(end: str, steps: list[DecodeStep]) -> None:
+    """Its cache and graphs are gigabytes, and must not wait for the garbage collector."""
+    target, draft = tiny(1), tiny(2)
+    gc.collect()
+    gc.disable()
+    try:
+        for start in (generate, partial(speculate, draft=draft)):
+            run = start(target, None, PROMPT, max_new_tokens=NEW)
+            if end != "unread":
+                next(run), next(run)
+            if end == "done":
+                run.result()
+            elif end == "closed":
+                run.close()
+            elif end == "failed":
+                run.decoder.cache.values[0].fill_(torch.nan)
+                with pytest.raises(ValueError, match="NaN"):
+                    run.result()
+            owned = [weakref.ref(run), weakref.ref(run.decoder)]
+            owned += [weakref.ref(x) for step in steps for x in (step, step.cache, step.ring)]
+            steps.clear()
+            del run
+            assert [ref() for ref in owned] == [None] * len(owned)
+    finally:
+        gc.enable()
