@@ -8,6 +8,7 @@ alone. Ties go to the lowest id, everywhere.
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -37,14 +38,14 @@ class SamplingConfig:
                 f"temperature must be 0 (greedy) or a finite number from 1e-5, "
                 f"not {self.temperature}"
             )
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        if not isinstance(self.top_k, Integral) or self.top_k < 0:
             raise ValueError(f"top_k must be a whole number from 0 (off), not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], not {self.min_p}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be in 0 … 2⁶⁴ − 1, not {self.seed}")
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be a whole number in 0 … 2⁶⁴ − 1, not {self.seed}")
 
 
 class Sampler:

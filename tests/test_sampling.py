@@ -126,6 +126,8 @@ def test_nan_logits_are_reported(temperature: float) -> None:
         dict(temperature=math.inf),
         dict(temperature=1e-9),
         dict(top_k=-1),
+        dict(top_k=5.0),
+        dict(top_k=math.nan),
         dict(top_p=0.0),
         dict(top_p=1.1),
         dict(top_p=math.nan),
@@ -134,9 +136,20 @@ def test_nan_logits_are_reported(temperature: float) -> None:
         dict(min_p=math.nan),
         dict(seed=-1),
         dict(seed=2**64),
+        dict(seed=1.0),
     ],
 )
 def test_invalid_values(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))) as error:
         SamplingConfig(**wrong)
     assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    config = SamplingConfig(temperature=1.0, top_k=np.int32(2), seed=np.uint64(2**63 + 1))
+    same = SamplingConfig(temperature=1.0, top_k=2, seed=2**63 + 1)
+    assert torch.equal(Sampler(config).settings(), Sampler(same).settings())
+    row = torch.tensor([0.3, 0.1, -0.2, 0.9])
+    assert [Sampler(config).sample(row, i) for i in range(20)] == [
+        Sampler(same).sample(row, i) for i in range(20)
+    ]
