@@ -355,9 +355,10 @@ class DecodeStep:
             torch.cuda.synchronize()
             for tensor, value in zip(state, saved, strict=True):
                 tensor.copy_(value)
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key]):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self.launch(T, tier, plain=plain)
+            self.graphs[key] = graph  # and not before: Ctrl-C would leave one that cannot replay
         return self.graphs[key]
 
     def launch(self, T: int, tier: int, *, plain: bool) -> None:

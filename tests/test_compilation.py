@@ -6,6 +6,7 @@ shared memory are Triton's own.
 
 import itertools
 import logging
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -127,3 +128,23 @@ def test_a_gpu_that_cannot_run_the_kernels_is_named_and_gets_the_readable_path(
     assert isinstance(step, Step) == (said is None)
     assert isinstance(step, decode_step.ReadableStep)
     assert ([said in record.getMessage() for record in caplog.records] or [None]) == [said and True]
+
+
+def test_an_interrupted_capture_leaves_no_graph(monkeypatch) -> None:
+    interrupts, state = [None, KeyboardInterrupt, None, None], torch.zeros(1)
+
+    def launch(*_: object, plain: bool) -> None:
+        if interrupt := interrupts.pop(0):
+            raise interrupt
+
+    step = SimpleNamespace(
+        graphs={}, inputs=state, ring=state, experts_touched=state, launch=launch
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
+    with pytest.raises(KeyboardInterrupt):
+        decode_step.DecodeStep._graph(step, 1, 2, plain=True)
+    graph = decode_step.DecodeStep._graph(step, 1, 2, plain=True)
+    assert interrupts == []  # captured anew
+    assert decode_step.DecodeStep._graph(step, 1, 2, plain=True) is graph
