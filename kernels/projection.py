@@ -8,13 +8,13 @@ of a tile.
 Absent rows of a tile are zeros, so decoding one token and verifying eight run the same code. A tile
 of 16 is two of the 8-column instructions that a tile of 8 is one of: the same bits, and half the
 work saved where it counts. The weight is the wide operand and is read once. K is summed in an order
-made of N and K alone: within a block of K, slab by slab (one slab a warp, so that short tiles
-keep every warp busy), blocks from left to right, then slabs, then splits of K (or experts) in
-order, by whichever program arrives last: its ticket is an integer atomic, arithmetic never is.
+made of N and K alone: within a slab (one a warp, so that short tiles keep every warp busy) block by
+block from left to right, then slab by slab. The experts of a row are then summed in order of id, by
+whichever program arrives last: its ticket is an integer atomic, arithmetic never is.
 
-Prologue: RMSNorm, where one block covers K. A producer of x leaves the sums of squares of aligned
-16-column blocks, which are nodes of the summation tree of `rms_norm`; finishing the tree gives that
-kernel's bits. In a pipelined loop that arithmetic costs more than a short kernel, `normalize`.
+Prologue: RMSNorm, where registers hold all of K. A producer of x leaves the sums of squares of
+aligned 16-column blocks, which are nodes of the summation tree of `rms_norm`; finishing the tree
+gives that kernel's bits. In a pipelined loop that costs more than a short kernel, `normalize`.
 Epilogues (sums are fp32 and are rounded once):
   plain     y = x Wᵀ + b
   residual  y = r + x Wᵀ + b, and its sums of squares for the next norm
@@ -154,9 +154,8 @@ def _projection_kernel(
     N: tl.constexpr, K: tl.constexpr, EPILOGUE: tl.constexpr,
     PAIRS: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    BLOCK_K: tl.constexpr, L: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr, PREFETCH: tl.constexpr, NORM_LEVELS: tl.constexpr,
-    EXPERT_INPUT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
+    NORM_LEVELS: tl.constexpr, EXPERT_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     dtype = x_ptr.dtype.element_ty
     row_tiles = tl.cdiv(M, R)
@@ -164,9 +163,8 @@ def _projection_kernel(
     first_row = tl.program_id(0) % row_tiles * R
     rows = first_row + tl.arange(0, R)
     row_ok = rows < M
-    part = tl.program_id(1)  # a split of K, or a place in the list of experts
+    part = tl.program_id(1)  # place in the list of experts
 
-    SPAN: tl.constexpr = K // SPLITS
     n_W, n_ok = _outputs(tl.arange(0, W), tile, N, PAIRS, W)
     if PAIRS > 0:
         TILES_PER_GROUP: tl.constexpr = (PAIRS + W // 2 - 1) // (W // 2)
@@ -184,36 +182,31 @@ def _projection_kernel(
         weight_ptr += expert.to(tl.int64) * N * K
         routing_R = tl.load(routing_ptr + expert * capacity + rows, mask=row_ok, other=0.0)
         x_ok = routing_R != 0.0
-        first_k = 0
         if EXPERT_INPUT:
             x_ptr += part.to(tl.int64) * capacity * K
         else:
             out_ptr += part.to(tl.int64) * capacity * (N // 2)
     else:
-        parts = SPLITS
         x_ok = row_ok
-        first_k = part * SPAN
 
-    weight_ptr += first_k
-    x_ptr += first_k
     EARLY: tl.constexpr = FIRST + SECOND
     if EARLY > 0:
         n_E, ok_E = _outputs(eights(W), tile, N, PAIRS, W)
         line_E = n_E.to(tl.int64) * K
-        w0 = fetch(weight_ptr, line_E, ok_E, 0, FIRST, L, SPAN, "evict_first")
+        w0 = fetch(weight_ptr, line_E, ok_E, 0, FIRST, L, K, "evict_first")
         if SECOND > 0:
-            w1 = fetch(weight_ptr, line_E, ok_E, FIRST, SECOND, L, SPAN, "evict_first")
+            w1 = fetch(weight_ptr, line_E, ok_E, FIRST, SECOND, L, K, "evict_first")
         if norm_weight_ptr is not None:
             one = tl.zeros([1, 1, 1, 1, 1], tl.int64)
-            scale0 = fetch(norm_weight_ptr, one, one == 0, 0, FIRST, L, SPAN, "")
+            scale0 = fetch(norm_weight_ptr, one, one == 0, 0, FIRST, L, K, "")
             if SECOND > 0:
-                scale1 = fetch(norm_weight_ptr, one, one == 0, FIRST, SECOND, L, SPAN, "")
+                scale1 = fetch(norm_weight_ptr, one, one == 0, FIRST, SECOND, L, K, "")
     if PDL and expert_ptr is None:
         if PREFETCH > 0:
             LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
             line = EARLY + tl.arange(0, PREFETCH) * LINE
             lines = weight_ptr + n_W.to(tl.int64)[:, None] * K + line[None, :]
-            prefetch_l2(tl.where(n_ok[:, None] & (line < SPAN)[None, :], lines, weight_ptr))
+            prefetch_l2(tl.where(n_ok[:, None] & (line < K)[None, :], lines, weight_ptr))
         gdc_wait()
         gdc_launch_dependents()
 
@@ -242,9 +235,9 @@ def _projection_kernel(
         if expert_ptr is not None:
             place = routing_ptr + expert * capacity + row_E
             ok_E = tl.load(place, mask=ok_E, other=0.0) != 0.0
-        x0 = fetch(x_ptr, line_E, ok_E, 0, FIRST, L, SPAN, "")
+        x0 = fetch(x_ptr, line_E, ok_E, 0, FIRST, L, K, "")
         if SECOND > 0:
-            x1 = fetch(x_ptr, line_E, ok_E, FIRST, SECOND, L, SPAN, "")
+            x1 = fetch(x_ptr, line_E, ok_E, FIRST, SECOND, L, K, "")
         if norm_weight_ptr is not None:
             rstd_R = finish_rstd(squares, eps, K, R, NORM_LEVELS)
             rstd = tl.trans(tl.reshape(rstd_R, [R // 8, 8]))[:, None, None, :, None]
@@ -259,14 +252,14 @@ def _projection_kernel(
         acc = tl.zeros([W, R], tl.float32)
     else:
         acc = tl.zeros([L, W, R], tl.float32)
-    if EARLY < SPAN:
+    if EARLY < K:
         k = _columns(BLOCK_K, L)
         line_W, ok_W = _lines(n_W, L).to(tl.int64) * K, _lines(n_ok, L)
         line_R, ok_R = _lines(rows, L).to(tl.int64) * K, _lines(x_ok, L)
-        for k0 in tl.range(EARLY, SPAN, BLOCK_K, num_stages=STAGES):
+        for k0 in tl.range(EARLY, K, BLOCK_K, num_stages=STAGES):
             w_ok, in_x = ok_W, ok_R
-            if (SPAN - EARLY) % BLOCK_K != 0:
-                w_ok, in_x = ok_W & (k < SPAN - k0), ok_R & (k < SPAN - k0)
+            if (K - EARLY) % BLOCK_K != 0:
+                w_ok, in_x = ok_W & (k < K - k0), ok_R & (k < K - k0)
             w_ptrs, x_ptrs = weight_ptr + line_W + (k0 + k), x_ptr + line_R + (k0 + k)
             w = tl.load(w_ptrs, mask=w_ok, other=0.0, eviction_policy="evict_first")
             x = tl.load(x_ptrs, mask=in_x, other=0.0)
@@ -285,12 +278,8 @@ def _projection_kernel(
         tl.store(ticket_ptr + tl.program_id(0), 0)
         acc = tl.zeros([W, R], tl.float32)
         # .cg: other programs wrote these, so this one's L1 must not answer.
-        if expert_ptr is None:
-            for i in tl.static_range(SPLITS):
-                acc += tl.load(partial_ptrs + i * stride, y_mask, 0.0, cache_modifier=".cg")
-        else:
-            for i in range(parts):
-                acc += tl.load(partial_ptrs + i * stride, y_mask, 0.0, cache_modifier=".cg")
+        for i in range(parts):
+            acc += tl.load(partial_ptrs + i * stride, y_mask, 0.0, cache_modifier=".cg")
     if bias_ptr is not None:
         acc += bias_W[:, None]
 
@@ -358,7 +347,6 @@ class Tiling:
     slabs: int  # a slab of K a warp, or 1: the warps share the weight rows
     early: tuple[int, int] = (0, 0)  # columns of two blocks that registers hold before the wait
     block_k: int = 16  # columns of a block of the loop over the rest of K
-    splits: int = 1
     warps: int = 4
     stages: int = 4
     prefetch: int = 0  # 128-byte lines of each weight row asked for before the wait, beyond `early`
@@ -374,7 +362,7 @@ class Tiling:
 
     def holds_norm(self, K: int) -> bool:
         """Whether a program has a whole row of the input at once, as the norm's prologue needs."""
-        return self.splits == 1 and sum(self.early) >= K
+        return sum(self.early) >= K
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -405,7 +393,7 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workspace:
-    """Partial sums, fp32 [parts · M rounded up to 16 · N] or more, and tickets, int32 zeros."""
+    """Products of experts, fp32 [U · M rounded up to 16 · N] or more, and tickets, int32 zeros."""
 
     partials: Tensor
     tickets: Tensor
@@ -471,10 +459,9 @@ def project(
         if rotary.q_norm is not None or tile > 2 * pairs:
             tile = max(triton.next_power_of_2(2 * pairs), 16)
     tiles = groups * triton.cdiv(pairs, tile // 2) if pairs else triton.cdiv(N, tile)
-    parts = experts.most if experts else tiling.splits
-    combine = tiling.splits > 1 or (experts is not None and experts.own_input)
+    combine = experts is not None and experts.own_input
     R = 8 if rows <= 8 and tiling.slabs > 1 else 16
-    grid = (tiles * triton.cdiv(rows, R), parts)
+    grid = (tiles * triton.cdiv(rows, R), experts.most if experts else 1)
     best_value, best_id = best or (None, None)
     eps = norm.eps if norm else rotary.eps if rotary else 0.0
     _projection_kernel[grid](
@@ -490,8 +477,7 @@ def project(
         experts.routing_EM.shape[1] if experts else 1,
         workspace.partials if combine else None, workspace.tickets if combine else None,
         N, K, epilogue, pairs, heads, kv_heads,
-        R, tile, *tiling.early, tiling.block_k, tiling.slabs, tiling.splits, tiling.stages,
-        tiling.prefetch,
-        norm_levels(K), experts is not None and experts.own_input,
+        R, tile, *tiling.early, tiling.block_k, tiling.slabs, tiling.stages, tiling.prefetch,
+        norm_levels(K), combine,
         num_warps=tiling.warps, **pdl,
     )  # fmt: skip

@@ -6,8 +6,8 @@ heads, G key/value heads, K head size, E experts, V vocabulary.
 Five kernels a layer (norm + qkv + rotary + cache write; attention; output product + residual; norm
 + gate/up + SiLU; down product + residual), plus two for the router of a sparse layer; before them
 the embedding, after them norm + head + argmax. Every buffer is allocated once; lengths, positions
-and the running token live on the device. A graph is captured once per (T, context tier): a tier is
-only the room of attention's grid, and bits depend on neither T nor tier (contract 3).
+and the running token live on the device. A graph is captured once per T, context tier and whether
+the step feeds the next: a tier is only the room of attention's grid, and bits depend on none of it.
 
     step = DecodeStep(model, cache)
     logits_BTV = step.forward(tokens_BT)           # decode or verify, as Transformer.decode
@@ -39,7 +39,6 @@ from draftnorm.kernels.head import choose, embed
 from draftnorm.kernels.projection import (
     Experts,
     Rotary,
-    Tiling,
     Workspace,
     choose_tiling,
     project,
@@ -140,7 +139,6 @@ class DecodeStep:
         rows: int = ROWS,
         norm: str = "fused",
         pdl: bool = True,
-        tilings: dict[str, Tiling] | None = None,
         vocabulary: int | None = None,
         settings: Tensor | None = None,
     ) -> None:
@@ -202,14 +200,13 @@ class DecodeStep:
             "expert_gate_up": choose_tiling(2 * config.expert_size, D, "gated", expert=True),
             "expert_down": choose_tiling(D, config.expert_size, "residual", expert=True),
             "head": choose_tiling(V, D, "argmax"),
-        } | (tilings or {})
+        }
         tiles = -(-V // self.tilings["head"].rows)
         self.best = buffer(M, tiles, dtype=fp32), buffer(M, tiles, dtype=int32)
-        splits = max(tiling.splits for tiling in self.tilings.values())
-        padded, widest = -(-M // ROWS) * ROWS, max(qkv_rows, D, 2 * config.intermediate_size)
+        padded = -(-M // ROWS) * ROWS
         self.workspace = Workspace(
-            partials=buffer(max(splits * widest, self.touched * D) * padded, dtype=fp32),
-            tickets=buffer(-(-widest // 8) * padded // ROWS, dtype=int32),
+            partials=buffer(self.touched * D * padded, dtype=fp32),
+            tickets=buffer(-(-D // ROWS) * padded // ROWS, dtype=int32),
         )
         most_splits = self._tier(cache.capacity)
         sizes = [workspace_sizes(B, T, H, G, K, most_splits) for T in range(1, max(M // B, 1) + 1)]

@@ -61,7 +61,7 @@ def projected(x: Tensor, weight: Tensor, epilogue: str, tiling: Tiling, **option
     out = torch.full((M, N // 2 if epilogue == "gated" else N), torch.nan, dtype=BF16).cuda()
     padded = -(-M // 16) * 16
     workspace = Workspace(
-        partials=torch.full((tiling.splits * padded * N,), torch.nan, device="cuda"),
+        partials=torch.full((padded * N,), torch.nan, device="cuda"),
         tickets=torch.zeros(N * padded, dtype=torch.int32, device="cuda"),
     )
     squares = x.float().square()
@@ -123,7 +123,7 @@ def test_a_row_of_rotated_heads_has_the_same_bits_in_any_company(D, K, qk_norm) 
             q_norm=norms[0], k_norm=norms[1],
         )  # fmt: skip
         workspace = Workspace(
-            partials=torch.empty(tiling.splits * 144 * len(weight), device="cuda"),
+            partials=torch.empty(144 * len(weight), device="cuda"),
             tickets=torch.zeros(144 * len(weight), dtype=torch.int32, device="cuda"),
         )
         project(q, x[first : first + rows].clone(), weight, rows=rows, epilogue="rotary",

@@ -25,7 +25,6 @@ TILINGS = {
     "block and loop": Tiling(rows=16, early=(64, 0), block_k=32, slabs=2),
     "loop": Tiling(rows=32, block_k=32, slabs=2, stages=2),
     "no slabs": Tiling(rows=16, block_k=16, slabs=1),
-    "splits": Tiling(rows=16, block_k=16, slabs=1, splits=2),
 }
 
 
@@ -53,7 +52,7 @@ def run(epilogue: str, M: int, tiling: Tiling, N: int = 40, K: int = 108, normed
         normalize(source, x, norm, rows=M, pdl=NO_PDL)
         norm = None
     project(
-        out, source, weight, rows=M, epilogue=epilogue, workspace=workspace(tiling.splits, M, N),
+        out, source, weight, rows=M, epilogue=epilogue, workspace=workspace(1, M, N),
         tiling=tiling, pdl=NO_PDL, bias_N=bias, norm=norm,
         residual_MN=residual if epilogue == "residual" else None,
         squares_out=squares if epilogue == "residual" else None,
