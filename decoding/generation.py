@@ -139,14 +139,18 @@ class Generation(Iterator[Chunk]):
             block = self.decoder.step(transcript.tokens, transcript.room)
             self._seconds += self._request.clock() - start
         self._ready.extend(transcript.commit(block))
-        # A stop may have cut tokens: then the cache forgets them too.
-        cache = self.decoder.cache
-        cache.rollback(min(cache.lengths[0], len(transcript.tokens) - 1))
+        self._forget()
 
     def close(self) -> None:
         """End the output here; held-back text still comes."""
         self._transcript.finish("interrupted")
         self._ready.extend(self._transcript.chunks())
+        self._forget()
+
+    def _forget(self) -> None:
+        """The cache forgets what a stop has cut, or a step had written when it was interrupted."""
+        cache = self.decoder.cache
+        cache.rollback(min(cache.lengths[0], len(self._transcript.tokens) - 1))
 
     def result(self) -> Result:
         """Decode to the end, unless closed, and sum up."""

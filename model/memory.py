@@ -8,9 +8,8 @@ import torch
 from draftnorm.model.cache import cache_bytes, free_bytes
 from draftnorm.model.config import ModelConfig
 
-WORK = (
-    300_000_000  # bytes for the buffers of steps and a chunk of a prompt; GPU tests hold us to it
-)
+# Bytes for the buffers of steps and a chunk of a prompt. Tests on a GPU hold us to it.
+WORK = 300_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

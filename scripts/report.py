@@ -59,7 +59,7 @@ def build_document(
     speculative: Result | None,
     prompt_ids: Sequence[int],
 ) -> dict[str, Any]:
-    """All that is known of a run, `plain` or `speculative` or both, keyed as contract 5 lists."""
+    """All that is known of a run, `plain` or `speculative` or both, keyed as the schema lists."""
     shown = speculative or plain
     document = {
         "schema": SCHEMA,

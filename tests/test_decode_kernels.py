@@ -1,4 +1,4 @@
-"""The decode path on a GPU: contract 3's ladder of row invariance, from one kernel to the tokens.
+"""The decode path on a GPU: a ladder of row invariance, from one kernel to the tokens.
 
 Against float64 the kernels are tested in Triton's interpreter (tests/interpreter); here only what
 needs the machine: equal bits whatever the company, with dependent launch on and off, in a graph.

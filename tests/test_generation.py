@@ -6,6 +6,7 @@ from fake_model import FakeModel, ScriptedDrafter, fake_tokenizer
 
 from draftnorm.decoding.generation import generate
 from draftnorm.decoding.speculation import speculate
+from draftnorm.model.cache import KVCache
 
 
 def reciting(text_ids: list[int], vocab_size: int, **options) -> FakeModel:
@@ -155,6 +156,20 @@ def test_an_interrupt_keeps_what_had_come(speculative: bool) -> None:
     assert result.stop_reason == "interrupted"
     if speculative:
         assert result.speculation.cycles == 5
+
+
+def test_an_interrupted_cycle_leaves_the_cache_where_the_output_ends() -> None:
+    class Interrupted(FakeModel):
+        def decode(self, tokens_BT: list[list[int]], cache: KVCache) -> torch.Tensor:
+            super().decode(tokens_BT, cache)  # the rows of all drafts are in the cache now
+            raise KeyboardInterrupt
+
+    drafter = ScriptedDrafter(lambda tokens, n: [1] * n)
+    generation = speculate(Interrupted(12), None, [1, 2], draft=drafter, draft_length=3)
+    with pytest.raises(KeyboardInterrupt):
+        list(generation)
+    assert len(generation.result().token_ids) == 1
+    assert generation.decoder.cache.lengths == [2]
 
 
 def test_close_ends_early_and_releases_held_text() -> None:

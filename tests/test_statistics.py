@@ -1,4 +1,4 @@
-"""The definitions of contract 5 on cycles counted by hand."""
+"""The definitions of statistics.py on cycles counted by hand."""
 
 import pytest
 
