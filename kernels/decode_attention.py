@@ -56,15 +56,14 @@ def _queries(r, tile, b, T, group, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr
 
 
 @triton.jit
-def _load_lines(
-    ptr, base, s, begin, end, dim, path_slots_ptr, path_start_ptr, path_length, b, K: tl.constexpr
-):
+def _load_lines(ptr, base, s, begin, end, dim, path, K: tl.constexpr):
     """Keys or values at those positions s that are in begin … end - 1, zeros at the others."""
     slot = s
-    if path_slots_ptr is not None:
-        step = s - tl.load(path_start_ptr + b)
-        on_path = (step >= 0) & (step < path_length)
-        slot = tl.load(path_slots_ptr + b * path_length + step, mask=on_path, other=0)
+    slots_ptr, start_ptr, length, b = path
+    if slots_ptr is not None:
+        step = s - tl.load(start_ptr + b)
+        on_path = (step >= 0) & (step < length)
+        slot = tl.load(slots_ptr + b * length + step, mask=on_path, other=0)
         slot = tl.where(step >= 0, slot, s)
     mask = (s >= begin) & (s < end) & (dim < K)
     return tl.load(ptr + base + slot.to(tl.int64) * K + dim, mask=mask, other=0.0)
@@ -183,12 +182,9 @@ def _decode_attention_kernel(
     s_V = slab + (pair + tl.arange(0, N // 4)[None, :] // 2 * 8)[:, None, :, None, None]
     dim_V = (tl.arange(0, D)[:, None] * 64 + tl.arange(0, 64)[None, :])[None, None, None, :, :]
     old = tl.minimum(end, begin)
-    k = _load_lines(
-        key_ptr, base, s_K, 0, old, dim_K, path_slots_ptr, path_start_ptr, path_length, b, K
-    )
-    v = _load_lines(
-        value_ptr, base, s_V, 0, old, dim_V, path_slots_ptr, path_start_ptr, path_length, b, K
-    )
+    path = (path_slots_ptr, path_start_ptr, path_length, b)
+    k = _load_lines(key_ptr, base, s_K, 0, old, dim_K, path, K)
+    v = _load_lines(value_ptr, base, s_V, 0, old, dim_V, path, K)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -199,14 +195,8 @@ def _decode_attention_kernel(
     place_Q = tl.broadcast_to(line_Q * K + dim_K, [8, L, C, _ROWS // 8, 32])
     q = tl.load(q_ptr + place_Q, mask=ok_Q & (dim_K < K), other=0.0)
     if begin < tl.minimum(end, split * SPLIT + BLOCK_S):  # the first block has new keys
-        new_k = _load_lines(
-            key_ptr, base, s_K, begin, end, dim_K, path_slots_ptr, path_start_ptr, path_length,
-            b, K,
-        )  # fmt: skip
-        new_v = _load_lines(
-            value_ptr, base, s_V, begin, end, dim_V, path_slots_ptr, path_start_ptr, path_length,
-            b, K,
-        )  # fmt: skip
+        new_k = _load_lines(key_ptr, base, s_K, begin, end, dim_K, path, K)
+        new_v = _load_lines(value_ptr, base, s_V, begin, end, dim_V, path, K)
         k, v = tl.where(s_K < begin, k, new_k), tl.where(s_V < begin, v, new_v)
 
     q_LRK = operand(q, _ROWS, BLOCK_D * L, L)
@@ -216,14 +206,8 @@ def _decode_attention_kernel(
     s_LN = tl.arange(0, L)[:, None] * N + tl.arange(0, N)[None, :]
     for start in tl.range(split * SPLIT, end, BLOCK_S, num_stages=1):
         ahead = start - split * SPLIT + BLOCK_S
-        next_k = _load_lines(
-            key_ptr, base, s_K + ahead, 0, end, dim_K, path_slots_ptr, path_start_ptr,
-            path_length, b, K,
-        )  # fmt: skip
-        next_v = _load_lines(
-            value_ptr, base, s_V + ahead, 0, end, dim_V, path_slots_ptr, path_start_ptr,
-            path_length, b, K,
-        )  # fmt: skip
+        next_k = _load_lines(key_ptr, base, s_K + ahead, 0, end, dim_K, path, K)
+        next_v = _load_lines(value_ptr, base, s_V + ahead, 0, end, dim_V, path, K)
         k_LNK = operand(k, N, BLOCK_D * L, L)
         v = tl.reshape(v, [4, L, N // 8, 2, D, 8, 8])
         v_LNK = tl.reshape(tl.permute(v, (1, 2, 0, 3, 4, 6, 5)), [L, N, BLOCK_D])
