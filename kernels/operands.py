@@ -33,9 +33,11 @@ def eights(W: tl.constexpr):
 
 
 @triton.jit
-def fetch(ptr, line, ok, START: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr,
-           SPAN: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
-    """Columns START … of matrix lines as [8, L, BLOCK / 32 L, lines / 8, 32].
+def fetch(
+    ptr, line, ok, START: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
+    POLICY: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns from START on of lines of K as [8, L, BLOCK / 32 L, lines / 8, 32].
 
     In Triton's default layout for this shape, four threads take 32 columns of a line, eight lines
     are the other dimension of a warp, and slabs alternate between the warps.
@@ -43,8 +45,8 @@ def fetch(ptr, line, ok, START: tl.constexpr, BLOCK: tl.constexpr, L: tl.constex
     C: tl.constexpr = BLOCK // (32 * L)
     k = (tl.arange(0, L)[:, None] + L * tl.arange(0, C)[None, :])[None, :, :, None, None] * 32
     k += START + tl.arange(0, 32)[None, None, None, None, :]
-    if START + BLOCK > SPAN:
-        ok &= k < SPAN
+    if START + BLOCK > K:
+        ok &= k < K
     return tl.load(ptr + line + k, mask=ok, other=0.0, eviction_policy=POLICY)
 
 
