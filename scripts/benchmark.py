@@ -1,13 +1,9 @@
 """Measurements: `draftnorm benchmark norm | decode | speculate | ladder | exactness`."""
 
-if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
-    import sys
-    from pathlib import Path
+if __name__ == "__main__":
+    from as_file import run_as_file
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from draftnorm.scripts.main import main
-
-    sys.exit(main(["benchmark", *sys.argv[1:]]))
+    run_as_file("benchmark")
 
 import argparse
 

@@ -17,14 +17,10 @@ suits plain decoding: a repeated prompt flatters an n-gram drafter. transformers
 with prompt lookup.
 """
 
-if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
-    import sys
-    from pathlib import Path
+if __name__ == "__main__":
+    from as_file import run_as_file
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from draftnorm.scripts.main import main
-
-    sys.exit(main(["benchmark", "decode", *sys.argv[1:]]))
+    run_as_file("benchmark", "decode")
 
 import argparse
 import itertools
@@ -35,21 +31,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from draftnorm.scripts import options
+import torch
+
+from draftnorm.decoding.generation import generate
+from draftnorm.decoding.speculation import speculate
+from draftnorm.decoding.statistics import SpeculationStatistics
+from draftnorm.model.tokenizer import load_tokenizer
+from draftnorm.scripts import benchmark_shape, options, report, timing
+from draftnorm.scripts.report import Loaded
 from draftnorm.scripts.shapes import NAMES
-
-if TYPE_CHECKING:
-    from draftnorm.decoding.statistics import SpeculationStatistics
-    from draftnorm.scripts.report import Loaded
 
 SCHEMA = "draftnorm/benchmark-engines/2"
 LOOKUP_TOKENS = 10  # what transformers' documentation uses for prompt lookup
 # An engine decodes `new_tokens` after a prompt, hands over tokens as it commits them and returns
 # what is known of its drafts.
 Emit = Callable[[Sequence[int]], None]
-Engine = Callable[[list[int], int, Emit], "SpeculationStatistics | None"]
+Engine = Callable[[list[int], int, Emit], SpeculationStatistics | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +58,7 @@ class Timing:
     first_token_seconds: float
     tokens_per_second: float | None
     token_ids: tuple[int, ...]
-    speculation: "SpeculationStatistics | None"
+    speculation: SpeculationStatistics | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,11 +89,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-n", dest="new_tokens", type=options.positive_ints, metavar="N,N", help="new tokens"
     )
-    parser.add_argument("-r", dest="repeats", type=options.positive_int, default=3, metavar="R")
-    parser.add_argument("-o", dest="output", choices=["md", "csv", "json"], default="md")
-    parser.add_argument(
-        "--plot", type=Path, metavar="F.png", help="draw the rates (needs matplotlib)"
-    )
+    options.add_benchmark_arguments(parser, repeats=3, plot=True)
     parser.add_argument("--no-peers", action="store_true", help="leave transformers out")
     options.add_device_arguments(parser)
 
@@ -105,83 +100,51 @@ def run(args: argparse.Namespace) -> int:
         return run_engines(args, drafts=["ngram"], lengths=["auto"])
     if args.target or args.device == "cpu":
         raise ValueError("--shape takes no --target, and runs on a GPU alone")
-    from draftnorm.scripts import benchmark_shape
-
-    show(args, lambda: benchmark_shape.measure(args), benchmark_shape.markdown)
+    report.show_benchmark(benchmark_shape.measure(args), args, benchmark_shape.markdown, draw)
     return 0
 
 
 def run_engines(args: argparse.Namespace, *, drafts: list[str], lengths: list[int | str]) -> int:
     """Compare plain decoding, speculation with each of `drafts`, and transformers."""
-
-    def measure_all() -> dict[str, Any]:
-        from draftnorm.scripts import report
-
-        target, load = measure_load(args)
-        engines = our_engines(target, args, drafts, lengths)
-        if not args.no_peers:
-            engines |= transformers_engines(target)
-        rows = []
-        for prompt_tokens, new_tokens in itertools.product(
-            args.prompt_tokens or [None], args.new_tokens or [128]
-        ):
-            prompt = benchmark_prompt(target, prompt_tokens)
-            rows += compare_engines(engines, prompt, new_tokens, args.repeats)
-        return {
-            "schema": SCHEMA,
-            **report.describe_environment(target.model.device),
-            "transformers": None if args.no_peers else report.package_version("transformers"),
-            "command": args.command_line,
-            "target": report.describe_checkpoint(target),
-            "load": load,
-            "repeats": args.repeats,
-            "results": rows,
-        }
-
-    show(args, measure_all, markdown)
+    target, load = measure_load(args)
+    engines = our_engines(target, args, drafts, lengths)
+    if not args.no_peers:
+        engines |= transformers_engines(target)
+    rows = []
+    for prompt_tokens, new_tokens in itertools.product(
+        args.prompt_tokens or [None], args.new_tokens or [128]
+    ):
+        prompt = benchmark_prompt(target, prompt_tokens)
+        rows += compare_engines(engines, prompt, new_tokens, args.repeats)
+    document = {
+        **report.describe_benchmark(SCHEMA, args, target.model.device),
+        "transformers": None if args.no_peers else report.package_version("transformers"),
+        "target": report.describe_checkpoint(target),
+        "load": load,
+        "repeats": args.repeats,
+        "results": rows,
+    }
+    report.show_benchmark(document, args, markdown, draw)
     return 0
 
 
-def show(
-    args: argparse.Namespace,
-    measure_all: Callable[[], dict[str, Any]],
-    markdown: Callable[[dict[str, Any]], str],
-) -> None:
-    """Print what `measure_all` finds as -o says, and draw it where --plot says."""
-    from draftnorm.scripts import report
-
-    if args.plot:
-        report.figure_class()
-    document = measure_all()
-    report.print_benchmark(document, args.output, markdown)
-    if args.plot:
-        draw(document, args.plot)
-
-
-def measure_load(args: argparse.Namespace) -> tuple["Loaded", dict[str, float]]:
+def measure_load(args: argparse.Namespace) -> tuple[Loaded, dict[str, float]]:
     """Load the target; say how fast, and how much host memory it took beyond what it keeps."""
-    from draftnorm.model.checkpoint import load_model  # torch's own memory counts before, not here
-    from draftnorm.model.tokenizer import load_tokenizer
-    from draftnorm.scripts.report import Loaded
-
     name = args.target or "target"
     path = options.resolve_checkpoint(name)
-    with _AnonymousMemory() as memory:
-        started = time.perf_counter()
-        model = load_model(path, device=args.device, dtype=options.torch_dtype(args.dtype))
-        seconds = time.perf_counter() - started
-    stored_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     tokenizer = load_tokenizer(path)
-    target = Loaded(name=name, path=path, model=model, tokenizer=tokenizer, seconds=seconds)
+    with _AnonymousMemory() as memory:
+        target = options.load(name, args, tokenizer)
+    stored_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     return target, {
-        "seconds": seconds,
+        "seconds": target.seconds,
         "bytes": stored_bytes,
-        "bytes_per_second": stored_bytes / seconds,
+        "bytes_per_second": stored_bytes / target.seconds,
         "extra_host_bytes": memory.peak - memory.end,
     }
 
 
-def benchmark_prompt(target: "Loaded", prompt_tokens: int | None) -> list[int]:
+def benchmark_prompt(target: Loaded, prompt_tokens: int | None) -> list[int]:
     """The built-in prompt as a chat, or its text cut or repeated to `prompt_tokens`."""
     prompt = options.built_in_prompt(target.name)
     if prompt_tokens is None and target.tokenizer.chat_template is not None:
@@ -191,11 +154,9 @@ def benchmark_prompt(target: "Loaded", prompt_tokens: int | None) -> list[int]:
 
 
 def our_engines(
-    target: "Loaded", args: argparse.Namespace, drafts: list[str], lengths: list[int | str]
+    target: Loaded, args: argparse.Namespace, drafts: list[str], lengths: list[int | str]
 ) -> dict[str, Engine]:
     """Plain decoding, and speculation for each drafter and draft length."""
-    from draftnorm.decoding.generation import generate
-    from draftnorm.decoding.speculation import speculate
 
     def engine(decode: Callable[..., Any], **settings: Any) -> Engine:
         settings |= {"ignore_eos": True}
@@ -217,10 +178,9 @@ def our_engines(
     return engines
 
 
-def transformers_engines(target: "Loaded") -> dict[str, Engine]:
+def transformers_engines(target: Loaded) -> dict[str, Engine]:
     """Greedy decoding and prompt lookup in transformers; nothing, with a note, without it."""
     try:
-        import torch
         from transformers import AutoModelForCausalLM
         from transformers.generation.streamers import BaseStreamer
         from transformers.utils import logging
@@ -276,29 +236,27 @@ def compare_engines(
         for name, engine in engines.items():
             timings[name].append(measure(engine, prompt, new_tokens))
 
-    def median(name: str) -> float | None:
-        rates = [t.tokens_per_second for t in timings.get(name, ()) if t.tokens_per_second]
-        return statistics.median(rates) if rates else None
-
-    reference = timings["draftnorm plain"][0].token_ids
+    spreads = {
+        name: timing.spread([run.tokens_per_second for run in runs if run.tokens_per_second])
+        for name, runs in timings.items()
+    }
     rows = []
     for name, runs in timings.items():
-        rates = [run.tokens_per_second for run in runs if run.tokens_per_second]
         row = {
             "prompt_tokens": len(prompt),
             "new_tokens": new_tokens,
             "engine": name,
-            "tokens_per_second": median(name),
-            "slowest": min(rates, default=None),
-            "fastest": max(rates, default=None),
+            **spreads[name],
             "first_token_seconds": statistics.median(run.first_token_seconds for run in runs),
-            "same_tokens_as_plain": all(run.token_ids == reference for run in runs),
+            "same_tokens_as_plain": all(
+                run.token_ids == timings["draftnorm plain"][0].token_ids for run in runs
+            ),
         }
         for key in ("tokens_per_cycle", "acceptance_rate"):
             row[key] = runs[-1].speculation and getattr(runs[-1].speculation, key)
         for key, other in (("plain", "draftnorm plain"), ("transformers", "transformers greedy")):
-            base = median(other)
-            row[f"times_{key}"] = median(name) / base if base and rates else None
+            base, rate = (spreads.get(n, {}).get("tokens_per_second") for n in (other, name))
+            row[f"times_{key}"] = rate / base if rate and base else None
         rows.append(row)
     return rows
 
@@ -352,8 +310,7 @@ class _AnonymousMemory:
 
 def markdown(document: dict[str, Any]) -> str:
     """A table that can be pasted."""
-    from draftnorm.scripts.report import number, table
-
+    number = report.number
     target, load = document["target"], document["load"]
     head = "prompt, new, engine, tokens/s, spread, first token, × plain, × transformers"
     rows = [
@@ -361,8 +318,7 @@ def markdown(document: dict[str, Any]) -> str:
             row["prompt_tokens"],
             row["new_tokens"],
             row["engine"],
-            number(row["tokens_per_second"], ",.1f"),
-            f"{number(row['slowest'], ',.1f')} – {number(row['fastest'], ',.1f')}",
+            *report.rates(row),
             f"{row['first_token_seconds']:.3f} s",
             number(row["times_plain"], ".2f"),
             number(row["times_transformers"], ".2f"),
@@ -380,17 +336,19 @@ def markdown(document: dict[str, Any]) -> str:
             "MB of host memory beyond the model's own. Greedy, median of "
             f"{document['repeats']}.",
             "",
-            *table([*head.split(", "), "tokens a cycle", "accepted", "tokens as plain"], rows),
+            *report.table(
+                [*head.split(", "), "tokens a cycle", "accepted", "tokens as plain"], rows
+            ),
         ]
     )
 
 
 def draw(document: dict[str, Any], file: Path) -> None:
     """One bar a result, with its spread."""
-    from draftnorm.scripts.report import figure_class, headline
+    from matplotlib.figure import Figure
 
     rows = [row for row in document["results"] if row["tokens_per_second"]]
-    figure = figure_class()(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.barh(
         [f"{row['engine']} ({row['prompt_tokens']} + {row['new_tokens']})" for row in rows],
@@ -402,5 +360,5 @@ def draw(document: dict[str, Any], file: Path) -> None:
     )
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s after the first")
-    axes.set_title(headline(document), fontsize="small")
+    axes.set_title(report.headline(document), fontsize="small")
     figure.savefig(file, dpi=150)

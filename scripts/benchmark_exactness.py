@@ -14,29 +14,31 @@ decoding, for every drafter × draft length.
 Shapes: B sequences, T tokens, M rows of a step, V vocabulary.
 """
 
-if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
-    import sys
-    from pathlib import Path
+if __name__ == "__main__":
+    from as_file import run_as_file
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from draftnorm.scripts.main import main
-
-    sys.exit(main(["benchmark", "exactness", *sys.argv[1:]]))
+    run_as_file("benchmark", "exactness")
 
 import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from draftnorm.scripts import options
+import torch
+from torch import Tensor
+
+from draftnorm.decoding.generation import generate
+from draftnorm.decoding.sampling import SamplingConfig
+from draftnorm.decoding.speculation import speculate
+from draftnorm.kernels.rms_norm import INTERPRETED
+from draftnorm.model.cache import KVCache
+from draftnorm.model.decode_step import DecodeStep, open_step
+from draftnorm.model.transformer import Transformer
+from draftnorm.scripts import options, report, timing
+from draftnorm.scripts.benchmark_shape import random_model
 from draftnorm.scripts.shapes import NAMES
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from draftnorm.model.cache import KVCache
-    from draftnorm.model.transformer import Transformer
+from draftnorm.scripts.step_times import Launch, new_cache, observe_step
 
 SCHEMA = "draftnorm/benchmark-exactness/1"
 LADDER = (*range(1, 18), 31, 32, 33, 64, 144)
@@ -55,52 +57,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", dest="prompt_tokens", type=options.positive_int, default=440)
     parser.add_argument("--steps", type=options.positive_int, default=256, help="single steps")
     parser.add_argument("-n", dest="new_tokens", type=options.positive_int, default=64)
-    parser.add_argument("-o", dest="output", choices=["md", "csv", "json"], default="md")
+    options.add_benchmark_arguments(parser)
     options.add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Climb the ladder and print what was compared; 1 if anything differs."""
-    import torch
-
-    from draftnorm.scripts import report
-
     model, draft, tokens_T = _subject(args)
+    kernels = model.device.type == "cuda" or INTERPRETED
     results = []
     for row in itertools.chain(
-        op_level(model, tokens_T, args.prompt_tokens) if _has_kernels(model) else (),
+        op_level(model, tokens_T, args.prompt_tokens) if kernels else (),
         model_and_cache_levels(model, tokens_T, args.prompt_tokens, args.steps, args.rows),
         token_level(model, draft, tokens_T.tolist(), args.draft_length, args.new_tokens),
     ):
         results.append(row)
-        print(" · ".join(_cells(row)), file=sys.stderr, flush=True)
+        timing.progress(" · ".join(_cells(row)))
     document = {
-        "schema": SCHEMA,
-        **report.describe_environment(model.device),
-        "command": args.command_line,
+        **report.describe_benchmark(SCHEMA, args, model.device),
         "model": args.shape or args.target or "target",
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": report.dtype_name(model.dtype),
         "equal": all(row["compared"] == row["equal"] for row in results),
         "results": results,
     }
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # a kernel's fault would show here, not after the verdict
-    report.print_benchmark(document, args.output, markdown)
+    timing.synchronize()  # a kernel's fault would show here, not after the verdict
+    report.show_benchmark(document, args, markdown)
     if not document["equal"]:
         print("draftnorm: bits differ, see the table", file=sys.stderr)
     return 0 if document["equal"] else 1
 
 
-def _subject(args: argparse.Namespace) -> "tuple[Transformer, Transformer | None, Tensor]":
+def _subject(args: argparse.Namespace) -> tuple[Transformer, Transformer | None, Tensor]:
     """The model, a drafter if there is one, and text to feed it."""
-    import torch
-
     room = args.prompt_tokens + args.steps
     if args.shape:
         if args.target or args.draft or args.device == "cpu":
             raise ValueError("--shape takes no --target or --draft, and runs on a GPU alone")
-        from draftnorm.scripts.benchmark_shape import random_model
-
         model = random_model(args.shape, options.torch_dtype(args.dtype))
         # 7919 is a prime that no vocabulary divides: every id in turn, none beside the next.
         tokens_T = torch.arange(room, device=model.device) * 7919 % model.config.vocab_size
@@ -117,20 +109,15 @@ def _subject(args: argparse.Namespace) -> "tuple[Transformer, Transformer | None
     return target.model, draft, torch.tensor(tokens, device=target.model.device)
 
 
-def op_level(model: "Transformer", tokens_T: "Tensor", prompt: int) -> Iterator[dict[str, Any]]:
+def op_level(model: Transformer, tokens_T: Tensor, prompt: int) -> Iterator[dict[str, Any]]:
     """Every kernel of a step of M rows, and of M steps of one: each row of its result."""
-    import torch
-
-    from draftnorm.model.decode_step import DecodeStep
-    from draftnorm.scripts.step_times import Launch, observe_step
-
     most = min(max(LADDER), len(tokens_T) - prompt)
-    cache = _cache(model, prompt + most)
+    cache = new_cache(model, prompt + most)
     step = DecodeStep(model, cache, rows=most)
     step.prepare(sorted({1, most}), (), range(prompt, prompt + 1))
     model.prefill(tokens_T[:prompt], cache)
 
-    def results(first: int, M: int) -> "list[tuple[str, Tensor]]":
+    def results(first: int, M: int) -> list[tuple[str, Tensor]]:
         found: list[tuple[str, Tensor]] = []
 
         def observe(launch: Launch) -> None:
@@ -158,15 +145,11 @@ def op_level(model: "Transformer", tokens_T: "Tensor", prompt: int) -> Iterator[
 
 
 def model_and_cache_levels(
-    model: "Transformer", tokens_T: "Tensor", prompt: int, steps: int, rows: Sequence[int]
+    model: Transformer, tokens_T: Tensor, prompt: int, steps: int, rows: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """Verifies of T rows beside single steps: their logits, and the cache that they leave."""
-    import torch
-
-    from draftnorm.model.decode_step import open_step
-
     end, room = prompt + steps, prompt + steps + max(rows)
-    cache = _cache(model, room)
+    cache = new_cache(model, room)
     decode = open_step(
         model, cache, blocks=sorted({1, *rows}), lengths=range(prompt, room + 1)
     ).forward
@@ -192,31 +175,19 @@ def model_and_cache_levels(
     yield _cache_row(f"{T - 1} wrong drafts a cycle", cache, kept, prompt, end)
 
 
-def _has_kernels(model: "Transformer") -> bool:
-    from draftnorm.kernels.rms_norm import INTERPRETED
-
-    return model.device.type == "cuda" or INTERPRETED
-
-
-def _cache(model: "Transformer", capacity: int) -> "KVCache":
-    from draftnorm.model.cache import KVCache
-
-    return KVCache(model.config, capacity=capacity, device=model.device, dtype=model.dtype)
-
-
-def _forget(cache: "KVCache", length: int) -> None:
+def _forget(cache: KVCache, length: int) -> None:
     """Roll back, and poison what was there: nobody may read it, everybody must write it again."""
     cache.rollback(length)
     for layer in cache.keys + cache.values:
         layer[0, :, length:] = float("nan")
 
 
-def _new_positions(cache: "KVCache", start: int, end: int) -> "list[Tensor]":
+def _new_positions(cache: KVCache, start: int, end: int) -> list[Tensor]:
     return [layer[0, :, start:end].clone() for layer in cache.keys + cache.values]
 
 
 def _cache_row(
-    what: str, cache: "KVCache", kept: "list[Tensor]", start: int, end: int
+    what: str, cache: KVCache, kept: list[Tensor], start: int, end: int
 ) -> dict[str, Any]:
     equal = sum(
         int((layer == expected[:, : end - start]).all(dim=-1).all(dim=0).sum())
@@ -233,25 +204,21 @@ class _RandomDrafter:
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary, self.seen = vocabulary, 0
 
-    def prefill(self, tokens: Sequence[int], features: "Tensor | None" = None) -> None:
+    def prefill(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         self.seen = len(tokens)
 
-    def catch_up(self, tokens: Sequence[int], features: "Tensor | None" = None) -> None:
+    def catch_up(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         self.seen += len(tokens)
 
-    def propose(self, length: int) -> "tuple[list[int], None]":
+    def propose(self, length: int) -> tuple[list[int], None]:
         return [(self.seen + i) * 7919 % self.vocabulary for i in range(length)], None
 
 
 def token_level(
-    model: "Transformer", draft: "Transformer | None", tokens: list[int],
+    model: Transformer, draft: Transformer | None, tokens: list[int],
     lengths: Sequence[int | str], new_tokens: int,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Speculation with every drafter and draft length beside plain decoding."""
-    from draftnorm.decoding.generation import generate
-    from draftnorm.decoding.sampling import SamplingConfig
-    from draftnorm.decoding.speculation import speculate
-
     drafters: dict[str, Any] = {
         "n-grams": "ngram",
         "itself": model,
@@ -282,13 +249,11 @@ def token_level(
 
 def markdown(document: dict[str, Any]) -> str:
     """A table that can be pasted."""
-    from draftnorm.scripts.report import table
-
     verdict = "every bit is equal" if document["equal"] else "**BITS DIFFER**"
     rows = map(_cells, document["results"])
     head = ["level", "what", "of", "compared", "equal"]
     title = f"{document['model']}, {document['dtype']}: {verdict}."
-    return "\n".join([title, "", *table(head, rows)])
+    return "\n".join([title, "", *report.table(head, rows)])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """RMSNorm over rows × hidden sizes, beside its peers: `draftnorm benchmark norm`.
 
     draftnorm benchmark norm --rows 1,8,65536 --hidden 64,576,4096
-    draftnorm benchmark norm --engines inference,torch -r 50 -o json --plot norm.png
+    draftnorm benchmark norm -r 50 -o json --plot norm.png
 
 *Device time* is a replayed CUDA graph of many calls, divided by their number. Each call has an
 input and an output of its own, together more than 4 × the L2 cache (at most 256 calls: one short
@@ -13,32 +13,27 @@ those bytes take at the best copy bandwidth measured in this run on 4 GB; `same 
 of x, one kernel that must move what a norm moves, so it shows what a launch of that size can reach.
 """
 
-if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
-    import sys
-    from pathlib import Path
+if __name__ == "__main__":
+    from as_file import run_as_file
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from draftnorm.scripts.main import main
-
-    sys.exit(main(["benchmark", "norm", *sys.argv[1:]]))
+    run_as_file("benchmark", "norm")
 
 import argparse
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from draftnorm.scripts import options
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from draftnorm.kernels.rms_norm import rms_norm
+from draftnorm.scripts import options, report, timing
 
 SCHEMA = "draftnorm/benchmark-norm/1"
 EPS = 1e-5
 MAX_CALLS = 256  # in one graph
-Engine = Callable[["Tensor"], "Tensor"]
+Engine = Callable[[Tensor], Tensor]
 
 # name -> what it is; both modes of ours, then the peers
 ENGINES = {
@@ -64,63 +59,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hidden", type=options.positive_ints, default=options.positive_ints(hidden), metavar="H,H"
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument(
-        "--engines",
-        type=_engines,
-        default=list(ENGINES),
-        metavar="E,E",
-        help=f"of: {', '.join(ENGINES)} (default: all that are installed)",
-    )
-    parser.add_argument("-r", dest="repeats", type=options.positive_int, default=20, metavar="R")
-    parser.add_argument("-o", dest="output", choices=["md", "csv", "json"], default="md")
-    parser.add_argument(
-        "--plot", type=Path, metavar="F.png", help="draw the times (needs matplotlib)"
-    )
+    options.add_benchmark_arguments(parser, repeats=20, plot=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure every rows × hidden × engine, and print the tables or one document."""
-    import torch
-
-    from draftnorm.scripts import report
-
     if not torch.cuda.is_available():
         raise ValueError("benchmark norm times GPU kernels and needs a CUDA device: found none")
-    if args.plot:
-        report.figure_class()
     dtype = getattr(torch, args.dtype)
     copy_bytes_per_second = measure_copy()
     results = []
     for D in args.hidden:
         for M in args.rows:
-            print(f"{M} × {D}", file=sys.stderr)
-            results += measure_shape(M, D, dtype, args.engines, args.repeats, copy_bytes_per_second)
+            timing.progress(f"{M} × {D}")
+            results += measure_shape(M, D, dtype, args.repeats, copy_bytes_per_second)
     document = {
-        "schema": SCHEMA,
-        **report.describe_environment(torch.device("cuda")),
+        **report.describe_benchmark(SCHEMA, args, torch.device("cuda")),
         "liger-kernel": report.package_version("liger-kernel"),
-        "command": args.command_line,
         "dtype": args.dtype,
         "repeats": args.repeats,
         "copy_bytes_per_second": copy_bytes_per_second,
         "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size,
         "results": results,
     }
-    report.print_benchmark(document, args.output, markdown)
-    if args.plot:
-        draw(document, args.plot)
+    report.show_benchmark(document, args, markdown, draw)
     return 0
 
 
-def make_engines(names: list[str], weight_D: "Tensor") -> dict[str, Engine]:
+def make_engines(weight_D: Tensor) -> dict[str, Engine]:
     """The engines that are installed, as functions of x; torch.compile for one shape each."""
-    import torch
-
-    from draftnorm.kernels.rms_norm import rms_norm
-
     shape, recorded_D = tuple(weight_D.shape), weight_D.clone().requires_grad_()
 
-    def torch_norm(x: "Tensor") -> "Tensor":
+    def torch_norm(x: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, shape, weight_D, EPS)
 
     torch.compiler.reset()
@@ -139,15 +109,11 @@ def make_engines(names: list[str], weight_D: "Tensor") -> dict[str, Engine]:
         options = (EPS, 0.0, "llama", False)
         engines["liger"] = lambda x: LigerRMSNormFunction.apply(x, weight_D, *options)
         engines["liger train"] = lambda x: LigerRMSNormFunction.apply(x, recorded_D, *options)
-    return {name: engines[name] for name in names if name in engines}
+    return {name: engines[name] for name in ENGINES if name in engines}
 
 
 def measure_copy() -> float:
     """The best of two ways to copy 4 GB (or a quarter of the free memory): bytes/s, both ways."""
-    import torch
-
-    from draftnorm.scripts import timing
-
     size = min(2**32, torch.cuda.mem_get_info()[0] // 4)
     source = torch.empty(size // 2, dtype=torch.int16, device="cuda").random_()
     target = torch.empty_like(source)
@@ -162,21 +128,19 @@ def measure_shape(
     M: int,
     D: int,
     dtype: Any,
-    names: list[str],
     repeats: int,
     copy_bytes_per_second: float,
 ) -> list[dict[str, Any]]:
     """One row an engine: device and wall seconds of x [M, D] -> y [M, D]."""
-    import torch
-
     weight_D = torch.rand(D, device="cuda").to(dtype) + 0.5
     call_bytes = (2 * M * D + D) * weight_D.element_size()
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     calls = max(2, min(MAX_CALLS, -(-4 * l2_bytes // call_bytes) + 1))
     inputs = [torch.randn(M, D, device="cuda", dtype=dtype) for _ in range(calls)]
     rows = []
-    for name, engine in make_engines(names, weight_D).items():
+    for name, engine in make_engines(weight_D).items():
         device = device_seconds(engine, inputs, repeats)
+        middle = statistics.median(device)
         wall = wall_seconds(engine, inputs[0], repeats)
         moved = call_bytes + (4 * M if name == "train" else 0)
         rows.append(
@@ -187,44 +151,28 @@ def measure_shape(
                 **_spread("device", device),
                 **_spread("wall", wall),
                 "bytes": moved,
-                "gigabytes_per_second": moved / statistics.median(device) / 1e9,
-                "times_copy_limit": statistics.median(device) * copy_bytes_per_second / moved,
+                "gigabytes_per_second": moved / middle / 1e9,
+                "times_copy_limit": middle * copy_bytes_per_second / moved,
             }
         )
     return rows
 
 
-def device_seconds(engine: Engine, inputs: list["Tensor"], repeats: int) -> list[float]:
+def device_seconds(engine: Engine, inputs: list[Tensor], repeats: int) -> list[float]:
     """Seconds a call, of graph replays. The outputs are kept, so that no two calls share one."""
-    import torch
-
-    from draftnorm.scripts import timing
-
-    for _ in range(3):
-        engine(inputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [engine(x) for x in inputs]
-    seconds = [elapsed / len(outputs) for elapsed in timing.device_seconds(graph.replay, repeats)]
-    del outputs
-    return seconds
+    seconds = timing.replay_seconds(lambda: [engine(x) for x in inputs], repeats)
+    return [elapsed / len(inputs) for elapsed in seconds]
 
 
-def wall_seconds(engine: Engine, x: "Tensor", repeats: int) -> list[float]:
+def wall_seconds(engine: Engine, x: Tensor, repeats: int) -> list[float]:
     """Seconds of host time an eager call, in batches that end in a synchronisation."""
-    import torch
-
     calls = 50 if x.numel() < 2**20 else 5  # large calls are bound by the device anyway
-    seconds = []
-    for _ in range(min(repeats, 10)):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
+
+    def batch() -> None:
         for _ in range(calls):
             engine(x)
-        torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - started) / calls)
-    return seconds
+
+    return [elapsed / calls for elapsed in timing.wall_seconds(batch, min(repeats, 10))]
 
 
 def _spread(name: str, seconds: list[float]) -> dict[str, float]:
@@ -235,8 +183,6 @@ def _spread(name: str, seconds: list[float]) -> dict[str, float]:
 
 def markdown(document: dict[str, Any]) -> str:
     """Two tables that can be pasted: device time, then wall time where the host sets it."""
-    from draftnorm.scripts.report import table
-
     cells = {(r["rows"], r["hidden"], r["engine"]): r for r in document["results"]}
     shapes = sorted({(r["rows"], r["hidden"]) for r in document["results"]})
     names = [name for name in ENGINES if any(name == engine for *_, engine in cells)]
@@ -262,21 +208,23 @@ def markdown(document: dict[str, Any]) -> str:
             f"RMSNorm, {document['dtype']}, device µs a call (median of {document['repeats']} "
             f"graph replays). Copy limit: {bandwidth / 1e12:.2f} TB/s, measured in this run.",
             "",
-            *table(["rows × hidden", "copy limit", *names, "inference GB/s", "× limit"], device),
+            *report.table(
+                ["rows × hidden", "copy limit", *names, "inference GB/s", "× limit"], device
+            ),
             "",
             "Eager wall µs a call, host included.",
             "",
-            *table(["rows × hidden", *names], wall),
+            *report.table(["rows × hidden", *names], wall),
         ]
     )
 
 
 def draw(document: dict[str, Any], file: Path) -> None:
     """A panel for each number of rows: device µs over the hidden size, one line an engine."""
-    from draftnorm.scripts.report import figure_class, headline
+    from matplotlib.figure import Figure
 
     counts = sorted({row["rows"] for row in document["results"]})
-    figure = figure_class()(figsize=(5 * len(counts), 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(counts), 4), layout="constrained")
     panels = figure.subplots(1, len(counts), squeeze=False)[0]
     for axes, M in zip(panels, counts, strict=True):
         for name in dict.fromkeys(row["engine"] for row in document["results"]):
@@ -288,12 +236,5 @@ def draw(document: dict[str, Any], file: Path) -> None:
         axes.set_xlabel("hidden size")
         axes.set_ylabel("device µs")
     panels[0].legend()
-    figure.suptitle(headline(document), fontsize="small")
+    figure.suptitle(report.headline(document), fontsize="small")
     figure.savefig(file, dpi=150)
-
-
-def _engines(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in ENGINES]:
-        raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}, not one of {', '.join(ENGINES)}")
-    return names

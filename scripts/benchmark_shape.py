@@ -36,7 +36,8 @@ from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import options, report, timing
 from draftnorm.scripts.shapes import SHAPES
-from draftnorm.scripts.step_times import bytes_of_a_step, measure_steps, progress
+from draftnorm.scripts.step_times import bytes_of_a_step, measure_steps, new_cache, stream_rate
+from draftnorm.scripts.timing import progress
 
 SCHEMA = "draftnorm/benchmark-decode-shape/1"
 LONG_PROMPT = 2048  # whose prefill is measured beside the prompts asked for
@@ -65,13 +66,11 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         rows.append(row | {"limit_share": row["tokens_per_second"] / limit})
         progress(f"{prompt_tokens} + {new_tokens}: {row['tokens_per_second']:,.1f} tokens/s")
     document = {
-        "schema": SCHEMA,
-        **report.describe_environment(device),
+        **report.describe_benchmark(SCHEMA, args, device),
         "transformers": None if args.no_peers else report.package_version("transformers"),
-        "command": args.command_line,
         "shape": args.shape,
         "parameters": config.parameters,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": report.dtype_name(dtype),
         "repeats": args.repeats,
         "read_bytes_per_second": bandwidth,
         "product_flops_per_second": flops,
@@ -135,7 +134,7 @@ def prefill_flops(config: ModelConfig, T: int) -> int:
 
 def prefill(model: Transformer, length: int, flops: float, repeats: int) -> dict[str, Any]:
     """Seconds of a prompt of `length`, and its share of the rate of products."""
-    cache = _cache(model, length)
+    cache = new_cache(model, length)
     memory = _ExtraMemory()
     seconds = statistics.median(
         timing.wall_seconds(lambda: _first_token(model, cache, length), repeats)
@@ -154,7 +153,7 @@ def decode(
     model: Transformer, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Plain decoding: a row of results, and what the first step of a session takes."""
-    cache = _cache(model, prompt_tokens + new_tokens)
+    cache = new_cache(model, prompt_tokens + new_tokens)
     memory = _ExtraMemory()
 
     def start_session() -> tuple[DecodeStep, float]:
@@ -171,15 +170,10 @@ def decode(
     step, start["next_session_seconds"] = start_session()  # finds its kernels in this process
 
     def greedy() -> float:
-        token = _first_token(model, cache, prompt_tokens)
-        timing.synchronize()
-        start = time.perf_counter()
-        for _ in step.stream([token], new_tokens):
-            pass
-        return new_tokens / (time.perf_counter() - start)
+        return stream_rate(step, _first_token(model, cache, prompt_tokens), new_tokens)
 
     greedy()
-    rates = sorted(greedy() for _ in range(repeats))
+    rates = [greedy() for _ in range(repeats)]
     first = timing.wall_seconds(lambda: _first_token(model, cache, prompt_tokens), repeats)
     row = _result("draftnorm", prompt_tokens, new_tokens, rates, first, first_seconds)
     return row, start | {"extra_memory_bytes": memory.peak()}
@@ -227,7 +221,7 @@ def decode_transformers(
 
     greedy()
     warm_up_seconds = time.perf_counter() - start
-    rates = sorted(greedy() for _ in range(repeats))
+    rates = [greedy() for _ in range(repeats)]
     with torch.no_grad():
         first = timing.wall_seconds(first_token, repeats)
     engine = "transformers, static cache, compiled"
@@ -246,10 +240,6 @@ class _ExtraMemory:
         return torch.cuda.max_memory_allocated() - self.before if self.before else None
 
 
-def _cache(model: Transformer, capacity: int) -> KVCache:
-    return KVCache(model.config, capacity=capacity, device=model.device, dtype=model.dtype)
-
-
 def _first_token(model: Transformer, cache: KVCache, length: int) -> int:
     """Read a prompt of `length` into the empty cache; the best token after it."""
     cache.rollback(0)
@@ -265,9 +255,7 @@ def _result(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "engine": engine,
-        "tokens_per_second": statistics.median(rates),
-        "slowest": rates[0],
-        "fastest": rates[-1],
+        **timing.spread(rates),
         "first_token_seconds": statistics.median(first),
         "warm_up_seconds": warm_up_seconds,
     }
@@ -293,8 +281,7 @@ def markdown(document: dict[str, Any]) -> str:
                     row["prompt_tokens"],
                     row["new_tokens"],
                     row["engine"],
-                    f"{row['tokens_per_second']:,.1f}",
-                    f"{row['slowest']:,.1f} – {row['fastest']:,.1f}",
+                    *report.rates(row),
                     f"{row['limit_share']:.1%}",
                     f"{1e3 * row['first_token_seconds']:.1f} ms",
                     f"{row['warm_up_seconds']:.1f} s",

@@ -7,14 +7,10 @@ The engines, the clock and the prompts are those of `draftnorm benchmark decode`
 must be those of plain decoding).
 """
 
-if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
-    import sys
-    from pathlib import Path
+if __name__ == "__main__":
+    from as_file import run_as_file
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from draftnorm.scripts.main import main
-
-    sys.exit(main(["benchmark", "speculate", *sys.argv[1:]]))
+    run_as_file("benchmark", "speculate")
 
 import argparse
 

@@ -10,14 +10,10 @@ packaged model held to a bound. A directory that is complete already is left alo
 stderr, the directory's name to stdout.
 """
 
-if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
-    import sys
-    from pathlib import Path
+if __name__ == "__main__":
+    from as_file import run_as_file
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from draftnorm.scripts.main import main
-
-    sys.exit(main(["fetch", *sys.argv[1:]]))
+    run_as_file("fetch")
 
 import argparse
 import importlib.util

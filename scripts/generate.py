@@ -4,14 +4,10 @@ draftnorm generate --target DIR --prompt "Why is the sky blue?" --temperature 0.
 echo "Once upon a time" | draftnorm generate --target DIR --raw --prompt - --json
 """
 
-if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
-    import sys
-    from pathlib import Path
+if __name__ == "__main__":
+    from as_file import run_as_file
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from draftnorm.scripts.main import main
-
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    run_as_file("generate")
 
 import argparse
 

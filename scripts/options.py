@@ -1,6 +1,7 @@
 """Arguments that subcommands share, and what they resolve to: checkpoints, prompts, sampling."""
 
 import argparse
+import importlib.util
 import secrets
 import sys
 import time
@@ -96,6 +97,28 @@ def add_device_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto"
     )
+
+
+def add_benchmark_arguments(
+    parser: argparse.ArgumentParser, *, repeats: int | None = None, plot: bool = False
+) -> None:
+    """How often a benchmark measures, by default `repeats` times, and how it prints the result."""
+    if repeats is not None:
+        parser.add_argument(
+            "-r", dest="repeats", type=positive_int, default=repeats, metavar="R", help="repeats"
+        )
+    parser.add_argument("-o", dest="output", choices=["md", "csv", "json"], default="md")
+    if plot:
+        parser.add_argument(
+            "--plot", type=plot_file, metavar="F.png", help="draw it (needs matplotlib)"
+        )
+
+
+def plot_file(text: str) -> Path:
+    """A file to draw to. ImportError without matplotlib, before anything is measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install 'draftnorm[plot]'")
+    return Path(text)
 
 
 def count(text: str) -> int:

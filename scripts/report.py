@@ -3,6 +3,7 @@
 Every key is always there; null means not measured. Seconds, bytes and tokens are the only units.
 """
 
+import argparse
 import csv
 import hashlib
 import io
@@ -128,24 +129,24 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 def describe_checkpoint(checkpoint: Loaded | str) -> dict[str, Any]:
     """Name, size and identity of a checkpoint; a drafter without weights has a name alone."""
     if isinstance(checkpoint, str):
-        return {
-            "name": checkpoint,
-            "parameters": None,
-            "dtype": None,
-            "bytes": None,
-            "sha256": None,
+        return dict.fromkeys(("name", "parameters", "dtype", "bytes", "sha256")) | {
+            "name": checkpoint
         }
     parameters = list(checkpoint.model.parameters())
     return {
         "name": checkpoint.name,
         "parameters": sum(p.numel() for p in parameters),
-        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(checkpoint.model.dtype),
         "bytes": sum(p.numel() * p.element_size() for p in parameters),
         "sha256": {
             "config": hashlib.sha256((checkpoint.path / "config.json").read_bytes()).hexdigest(),
             "index": hashlib.sha256(_index_bytes(checkpoint.path)).hexdigest(),
         },
     }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def package_version(name: str) -> str | None:
@@ -161,14 +162,26 @@ def dump(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def print_benchmark(
-    document: dict[str, Any], output: str, markdown: Callable[[dict[str, Any]], str]
+def describe_benchmark(
+    schema: str, args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """What every benchmark's document begins with."""
+    return {"schema": schema, **describe_environment(device), "command": args.command_line}
+
+
+def show_benchmark(
+    document: dict[str, Any],
+    args: argparse.Namespace,
+    markdown: Callable[[dict[str, Any]], str],
+    draw: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> None:
-    """Print a benchmark's document as "md", "csv" (its results alone) or "json"."""
-    if output == "md":
+    """Print a benchmark's document as -o says (csv: its results alone); draw it as --plot says."""
+    if args.output == "md":
         print(f"{headline(document)}\n\n{markdown(document)}")
     else:
-        print({"csv": comma_separated, "json": dump}[output](document))
+        print({"csv": comma_separated, "json": dump}[args.output](document))
+    if draw and args.plot:
+        draw(document, args.plot)
 
 
 def headline(document: dict[str, Any]) -> str:
@@ -194,13 +207,10 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def figure_class() -> type:
-    """matplotlib's Figure; call it before measuring, so that its absence shows in time."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'draftnorm[plot]'") from error
-    return Figure
+def rates(row: dict[str, Any]) -> list[str]:
+    """Two cells of a table: tokens a second, and their spread (timing.spread)."""
+    median, *ends = (number(row[k], ",.1f") for k in ("tokens_per_second", "slowest", "fastest"))
+    return [median, " – ".join(ends)]
 
 
 def comma_separated(document: dict[str, Any]) -> str:

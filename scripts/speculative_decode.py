@@ -7,14 +7,10 @@ Text streams to stdout as it is committed, numbers go to stderr. `--compare` dec
 with `--acceptance exact` the tokens must be the same, whatever the drafter and the draft length.
 """
 
-if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
-    import sys
-    from pathlib import Path
+if __name__ == "__main__":
+    from as_file import run_as_file
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from draftnorm.scripts.main import main
-
-    sys.exit(main(["speculate", *sys.argv[1:]]))
+    run_as_file("speculate")
 
 import argparse
 from collections.abc import Sequence

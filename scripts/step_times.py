@@ -6,7 +6,6 @@ behind the kernel before it.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from draftnorm.model.cache import KVCache
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import timing
+from draftnorm.scripts.timing import progress
 
 # What a step launches its kernels with; each takes its result first.
 LAUNCHERS = ("embed", "normalize", "project", "decode_attention", "route_rows", "choose")
@@ -38,6 +38,10 @@ class Launch:
     bytes: int
     out: Tensor | None
     call: Callable[[], None]
+
+
+def new_cache(model: Transformer, capacity: int) -> KVCache:
+    return KVCache(model.config, capacity=capacity, device=model.device, dtype=model.dtype)
 
 
 def bytes_of_a_step(model: Transformer, experts: float | None = None) -> int:
@@ -59,12 +63,7 @@ def measure_steps(
     model: Transformer, contexts: list[int], rows: list[int], bandwidth: float, repeats: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Times of a step of M rows and of its kernels, at every context."""
-    cache = KVCache(
-        model.config,
-        capacity=max(contexts) + max(rows),
-        device=model.device,
-        dtype=model.dtype,
-    )
+    cache = new_cache(model, max(contexts) + max(rows))
     step = DecodeStep(model, cache, rows=max(rows))
     step.prepare(sorted({1, *rows}), (), range(contexts[0], contexts[0] + 1))
     for layer in cache.keys + cache.values:
@@ -96,6 +95,15 @@ def measure_steps(
             kernels.append({"context": context} | row | {"share": row["seconds"] / one["seconds"]})
             progress(f"  {row['kind']} × {row['calls']}: {1e6 * row['seconds']:,.1f} µs")
     return {"steps": steps, "kernels": kernels}
+
+
+def stream_rate(step: DecodeStep, token: int, new_tokens: int) -> float:
+    """Tokens a second of decoding plainly behind `token`, by the host's clock."""
+    timing.synchronize()
+    start = time.perf_counter()
+    for _ in step.stream([token], new_tokens):
+        pass
+    return new_tokens / (time.perf_counter() - start)
 
 
 def step_seconds(step: DecodeStep, rows: int, repeats: int) -> float:
@@ -131,17 +139,21 @@ def kernel_rows(step: DecodeStep, bandwidth: float, repeats: int) -> Iterator[di
     flushed = 4 * l2 if bytes_of_a_step(step.model) > l2 else 2**16
     data = torch.zeros(max(flushed // 4, 8192), dtype=torch.int32, device=device)
     largest = data.new_empty(data.numel() // 8192)
-    empty = _replay_seconds([lambda: timing.read(data, largest)], repeats)
+
+    def read() -> None:
+        timing.read(data, largest)
+
+    empty = _chain_seconds([read], repeats)
     launches: list[Launch] = []
     observe_step(step, 1, launches.append)
     for kind in dict.fromkeys(launch.kind for launch in launches):
         chain = [launch for launch in launches if launch.kind == kind]
-        calls = [lambda: timing.read(data, largest), *(launch.call for launch in chain)]
+        seconds = _chain_seconds([read, *(launch.call for launch in chain)], repeats)
         read_bytes = sum(launch.bytes for launch in chain)
         yield {
             "kind": kind,
             "calls": len(chain),
-            "seconds": max(_replay_seconds(calls, repeats) - empty, 0.0),
+            "seconds": max(seconds - empty, 0.0),
             "bytes": read_bytes,
             "limit_seconds": read_bytes / bandwidth if read_bytes else None,
         }
@@ -184,22 +196,11 @@ def observe_step(step: DecodeStep, rows: int, observe: Callable[[Launch], None])
 
 
 @torch.inference_mode()
-def _replay_seconds(calls: list[Callable[[], None]], repeats: int) -> float:
-    """Median device time of a graph of these launches; of the launches themselves on the CPU."""
+def _chain_seconds(launches: list[Callable[[], None]], repeats: int) -> float:
+    """Median device time of these launches, one after another."""
 
     def work() -> None:
-        for call in calls:
-            call()
+        for launch in launches:
+            launch()
 
-    if torch.cuda.is_available():
-        work()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        return statistics.median(timing.device_seconds(graph.replay, 4 * repeats))
-    return statistics.median(timing.device_seconds(work, repeats))
-
-
-def progress(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+    return statistics.median(timing.replay_seconds(work, 4 * repeats))

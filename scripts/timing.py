@@ -4,8 +4,9 @@ On the CPU (Triton's interpreter, in tests) everything works on toy sizes by the
 """
 
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +74,23 @@ def device_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
     return seconds
 
 
+def replay_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
+    """Device seconds of replays of `work` as a graph; of itself where there is no GPU.
+
+    What it returns is kept meanwhile, so that no two of its calls share an output.
+    """
+    if not torch.cuda.is_available():
+        return device_seconds(work, repeats)
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = work()
+    seconds = device_seconds(graph.replay, repeats)
+    del kept
+    return seconds
+
+
 def wall_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
     """The host's seconds of each of `repeats` runs, the device idle before and after."""
     work()
@@ -89,3 +107,16 @@ def wall_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def spread(rates: Sequence[float]) -> dict[str, float | None]:
+    """Tokens a second over the repeats; None if a run has no tokens after its first."""
+    return {
+        "tokens_per_second": statistics.median(rates) if rates else None,
+        "slowest": min(rates, default=None),
+        "fastest": max(rates, default=None),
+    }
+
+
+def progress(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

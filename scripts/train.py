@@ -10,14 +10,10 @@ A target or draft folder holds, beside the checkpoint, state.safetensors (a run 
 is started again with the same arguments goes on from there), history.json and loss.png.
 """
 
-if __name__ == "__main__":  # run as a file, also uninstalled: the command, from the checkout's root
-    import sys
-    from pathlib import Path
+if __name__ == "__main__":
+    from as_file import run_as_file
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from draftnorm.scripts.main import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run_as_file("train")
 
 import argparse
 import json

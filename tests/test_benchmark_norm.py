@@ -61,7 +61,3 @@ def test_csv_is_one_line_a_measurement(document):
 def test_without_a_gpu_it_is_one_line_and_exit_code_1(capsys):
     assert main(["benchmark", "norm"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_unknown_engines_are_wrong_usage():
-    assert main(["benchmark", "norm", "--engines", "inference,foo"]) == 2

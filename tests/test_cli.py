@@ -57,7 +57,7 @@ def test_version_does_not_import_torch():
     ],
 )
 def test_modules_run_as_files_from_anywhere(module, command, tmp_path):
-    script = [sys.executable, "-I", ROOT / "scripts" / f"{module}.py", "--help"]
+    script = [sys.executable, "-E", "-s", ROOT / "scripts" / f"{module}.py", "--help"]
     run = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(f"usage: draftnorm {command} ")
