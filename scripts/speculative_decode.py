@@ -22,7 +22,6 @@ from draftnorm.scripts import options, terminal
 if TYPE_CHECKING:
     from draftnorm.decoding.generation import Generation
     from draftnorm.decoding.request import Request
-    from draftnorm.decoding.sampling import SamplingConfig
     from draftnorm.decoding.statistics import Result
     from draftnorm.model.memory import MemoryNeed
     from draftnorm.scripts.report import Loaded
@@ -64,26 +63,46 @@ def run(args: argparse.Namespace) -> int:
     if draft not in ("ngram", "none"):
         draft = options.load(draft, args)
     own_prompt = args.prompt is not None or args.prompt_file is not None
-    comparing = draft != "none" and (args.compare or not own_prompt)
 
+    from draftnorm.decoding.generation import generate
+    from draftnorm.decoding.speculation import speculate
     from draftnorm.scripts import report
 
-    out = terminal.TextStream()
+    out = None if args.json else terminal.TextStream()
     console = terminal.stderr_console()
-    progress = None if args.json else terminal.ProgressLine(console)
-    decoder = _Decoder(args, request.prompt_ids, sampling, target, draft, progress)
-    if not args.json:
+    if out is not None:
         console.print(f"{_headline(target, draft)} · {need}", style="dim")
         if out.styled and draft != "none":
             terminal.show_legend(console)
         if not own_prompt:
             terminal.show_prompt(prompt, console)
-    shown = decoder.run("none" if draft == "none" else draft, None if args.json else out)
-    plain, speculative = (shown, None) if draft == "none" else (None, shown)
-    if comparing and shown.stop_reason != "interrupted":
-        if not args.json:
-            console.print("plain decoding of the same prompt, to compare …", style="dim")
-        plain = decoder.run("none", None)
+    what = target.model, request.tokenizer, request.prompt_ids
+    settings = {
+        "max_new_tokens": args.max_new_tokens,
+        "sampling": sampling,
+        "stop": tuple(args.stop),
+        "ignore_eos": args.ignore_eos,
+        "context": args.context,
+        "progress": None if args.json else terminal.ProgressLine(console),
+    }
+    plain = speculative = None
+    if draft == "none":
+        plain = decode(generate(*what, **settings), out)
+    else:
+        generation = speculate(
+            *what,
+            draft=draft if isinstance(draft, str) else draft.model,
+            draft_tokenizer=None if isinstance(draft, str) else draft.tokenizer,
+            draft_length=args.draft_length,
+            acceptance=args.acceptance,
+            **settings,
+        )
+        speculative = decode(generation, out)
+        comparing = args.compare or not own_prompt
+        if comparing and speculative.stop_reason != "interrupted":
+            if out is not None:
+                console.print("plain decoding of the same prompt, to compare …", style="dim")
+            plain = decode(generate(*what, **settings), None)
 
     document = report.build_document(
         command=args.command_line,
@@ -100,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         print(report.dump(document))
     else:
         terminal.show_summary(document, console)
-    if "interrupted" in (shown.stop_reason, plain and plain.stop_reason):
+    if "interrupted" in [run.stop_reason for run in (plain, speculative) if run]:
         return 130
     check_exactness(document)
     return 0
@@ -160,58 +179,16 @@ def memory_need(names: Sequence[str], request: "Request", args: argparse.Namespa
     return need
 
 
-class _Decoder:
-    """One prompt and its settings, decoded as often as asked."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        prompt_ids: Sequence[int],
-        sampling: "SamplingConfig",
-        target: "Loaded",
-        draft: "Loaded | str",
-        progress: terminal.ProgressLine | None,
-    ) -> None:
-        self.args, self.prompt_ids, self.sampling = args, prompt_ids, sampling
-        self.target, self.draft, self.progress = target, draft, progress
-
-    def run(self, draft: "Loaded | str", out: terminal.TextStream | None) -> "Result":
-        """Decode to the end, or to Ctrl-C; what was committed until then is in the result."""
-        generation = self._start(draft)
-        try:
-            _stream(generation, out)
-        except KeyboardInterrupt:
-            generation.close()
-            _stream(generation, out)  # what was held back, as the start of a stop string, say
-        if out is not None:
-            out.close()
-        return generation.result()
-
-    def _start(self, draft: "Loaded | str") -> "Generation":
-        from draftnorm.decoding.generation import generate
-        from draftnorm.decoding.speculation import speculate
-
-        settings = {
-            "max_new_tokens": self.args.max_new_tokens,
-            "sampling": self.sampling,
-            "stop": tuple(self.args.stop),
-            "ignore_eos": self.args.ignore_eos,
-            "context": self.args.context,
-            "progress": self.progress,
-        }
-        if draft == "none":
-            return generate(self.target.model, self.target.tokenizer, self.prompt_ids, **settings)
-        if not isinstance(draft, str):
-            settings["draft_tokenizer"] = draft.tokenizer
-        return speculate(
-            self.target.model,
-            self.target.tokenizer,
-            self.prompt_ids,
-            draft=draft if isinstance(draft, str) else draft.model,
-            draft_length=self.args.draft_length,
-            acceptance=self.args.acceptance,
-            **settings,
-        )
+def decode(generation: "Generation", out: terminal.TextStream | None) -> "Result":
+    """Decode to the end, or to Ctrl-C; what was committed until then is in the result."""
+    try:
+        _stream(generation, out)
+    except KeyboardInterrupt:
+        generation.close()
+        _stream(generation, out)  # what was held back, as the start of a stop string, say
+    if out is not None:
+        out.close()
+    return generation.result()
 
 
 def _stream(generation: "Generation", out: terminal.TextStream | None) -> None:
@@ -221,8 +198,7 @@ def _stream(generation: "Generation", out: terminal.TextStream | None) -> None:
 
 
 def _headline(target: "Loaded", draft: "Loaded | str") -> str:
-    model = target.model
-    parameters = sum(p.numel() for p in model.parameters())
+    model, parameters = target.model, target.model.config.parameters
     drafter = draft if isinstance(draft, str) else draft.name
     device = f"{model.device.type}, {str(model.dtype).removeprefix('torch.')}"
     with_draft = "" if drafter == "none" else f" · draft {drafter}"
