@@ -19,6 +19,7 @@ if __name__ == "__main__":
     run_as_file("benchmark", "norm")
 
 import argparse
+import importlib.util
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -35,29 +36,12 @@ EPS = 1e-5
 MAX_CALLS = 256  # in one graph
 Engine = Callable[[Tensor], Tensor]
 
-# name -> what it is; both modes of ours, then the peers
-ENGINES = {
-    "train": "draftnorm, rstd stored for autograd",
-    "inference": "draftnorm, inference_mode",
-    "torch": "torch.nn.functional.rms_norm",
-    "compile": "the same through torch.compile",
-    "liger": "liger-kernel, no gradient wanted",
-    "liger train": "liger-kernel, recorded by autograd",
-    "same bytes": "torch.neg: reads and writes as much",
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     hidden = "64,128,256,512,576,1024,2048,4096,8192,16384"
-    parser.add_argument(
-        "--rows",
-        type=options.positive_ints,
-        default=options.positive_ints("1,8,65536"),
-        metavar="M,M",
-    )
-    parser.add_argument(
-        "--hidden", type=options.positive_ints, default=options.positive_ints(hidden), metavar="H,H"
-    )
+    ints = options.positive_ints
+    parser.add_argument("--rows", type=ints, default="1,8,65536", metavar="M,M")
+    parser.add_argument("--hidden", type=ints, default=hidden, metavar="H,H")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     options.add_benchmark_arguments(parser, repeats=20, plot=True)
 
@@ -95,21 +79,18 @@ def make_engines(weight_D: Tensor) -> dict[str, Engine]:
 
     torch.compiler.reset()
     engines: dict[str, Engine] = {
-        "train": lambda x: rms_norm(x, recorded_D, EPS),
+        "train": lambda x: rms_norm(x, recorded_D, EPS),  # rstd stored for autograd
         "inference": lambda x: rms_norm(x, weight_D, EPS),
         "torch": torch_norm,
         "compile": torch.compile(torch_norm, dynamic=False),
-        "same bytes": torch.neg,
     }
-    try:
+    if importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.ops import LigerRMSNormFunction
-    except ImportError:
-        pass
-    else:
-        options = (EPS, 0.0, "llama", False)
-        engines["liger"] = lambda x: LigerRMSNormFunction.apply(x, weight_D, *options)
-        engines["liger train"] = lambda x: LigerRMSNormFunction.apply(x, recorded_D, *options)
-    return {name: engines[name] for name in ENGINES if name in engines}
+
+        settings = (EPS, 0.0, "llama", False)
+        engines["liger"] = lambda x: LigerRMSNormFunction.apply(x, weight_D, *settings)
+        engines["liger train"] = lambda x: LigerRMSNormFunction.apply(x, recorded_D, *settings)
+    return engines | {"same bytes": torch.neg}
 
 
 def measure_copy() -> float:
@@ -125,11 +106,7 @@ def measure_copy() -> float:
 
 
 def measure_shape(
-    M: int,
-    D: int,
-    dtype: Any,
-    repeats: int,
-    copy_bytes_per_second: float,
+    M: int, D: int, dtype: torch.dtype, repeats: int, copy_bytes_per_second: float
 ) -> list[dict[str, Any]]:
     """One row an engine: device and wall seconds of x [M, D] -> y [M, D]."""
     weight_D = torch.rand(D, device="cuda").to(dtype) + 0.5
@@ -185,7 +162,7 @@ def markdown(document: dict[str, Any]) -> str:
     """Two tables that can be pasted: device time, then wall time where the host sets it."""
     cells = {(r["rows"], r["hidden"], r["engine"]): r for r in document["results"]}
     shapes = sorted({(r["rows"], r["hidden"]) for r in document["results"]})
-    names = [name for name in ENGINES if any(name == engine for *_, engine in cells)]
+    names = list(dict.fromkeys(row["engine"] for row in document["results"]))
     bandwidth = document["copy_bytes_per_second"]
     device, wall = [], []
     for shape in shapes:
