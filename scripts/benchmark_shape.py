@@ -121,13 +121,11 @@ def random_model(shape: str, dtype: torch.dtype | None = None) -> Transformer:
     return model
 
 
-def prefill_flops(config: ModelConfig, T: int) -> int:
+def prefill_flops(model: Transformer, T: int) -> int:
     """Operations of a prompt's products and causal attention; the head sees the last token only."""
+    config = model.config
     head = config.vocab_size * config.hidden_size
-    parameters = config.parameters - head * (1 if config.tie_embeddings else 2)
-    sparse = sum(map(config.is_sparse, range(config.num_layers)))
-    idle = config.num_experts - config.experts_per_token
-    parameters -= sparse * idle * 3 * config.expert_size * config.hidden_size
+    parameters = bytes_of_a_step(model) // model.dtype.itemsize - head
     attention = config.num_layers * 2 * config.num_heads * config.head_size * T * T
     return 2 * T * parameters + 2 * head + attention
 
@@ -144,7 +142,7 @@ def prefill(model: Transformer, length: int, flops: float, repeats: int) -> dict
         "prompt_tokens": length,
         "seconds": seconds,
         "tokens_per_second": length / seconds,
-        "product_share": prefill_flops(model.config, length) / seconds / flops,
+        "product_share": prefill_flops(model, length) / seconds / flops,
         "extra_memory_bytes": memory.peak(),
     }
 

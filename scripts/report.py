@@ -13,7 +13,7 @@ import platform
 import resource
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,17 +24,13 @@ import torch
 
 import draftnorm
 from draftnorm.decoding.sampling import SamplingConfig
-from draftnorm.decoding.statistics import Result
+from draftnorm.decoding.statistics import Result, SpeculationStatistics
 from draftnorm.decoding.verification import Difference, first_difference
 from draftnorm.model.tokenizer import Tokenizer
 from draftnorm.model.transformer import Transformer
 
 SCHEMA = "draftnorm/speculate/1"
 SCHEMA_FILE = Path(__file__).with_name("speculate.schema.json")
-_SPECULATIVE_KEYS = (
-    *("cycles", "drafted", "accepted", "discarded", "tokens_per_cycle", "acceptance_rate"),
-    *("acceptance_by_position", "draft_seconds", "verify_seconds", "experts_per_layer"),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +64,7 @@ def build_document(
         "command": command,
         "target": describe_checkpoint(target),
         "draft": describe_checkpoint(draft),
-        "sampling": {key: getattr(sampling, key) for key in sampling.__dataclass_fields__},
+        "sampling": asdict(sampling),
         "draft_length": draft_length if speculative else None,
         "acceptance": acceptance if speculative else None,
         "text": shown.text,
@@ -82,11 +78,8 @@ def build_document(
         "time_to_first_token": shown.time_to_first_token,
         "plain": _speed(plain),
         "speculative": _speed(speculative) | _speculation(speculative),
-        "speedup": None,
-        "speedup_end_to_end": None,
-        "predicted_speedup": None,
-        "identical": None,
-        "first_difference": None,
+        **dict.fromkeys(("speedup", "speedup_end_to_end", "predicted_speedup")),
+        **dict.fromkeys(("identical", "first_difference")),
         "peak_memory_bytes": _peak_memory_bytes(target.model.device),
         "bandwidth_fraction": _bandwidth_fraction(target.model, shown if plain is None else plain),
     }
@@ -233,16 +226,13 @@ def _index_bytes(path: Path) -> bytes:
 
 
 def _speed(result: Result | None) -> dict[str, float | None]:
-    if result is None:
-        return {"seconds": None, "tokens_per_second": None}
-    return {"seconds": result.seconds, "tokens_per_second": result.tokens_per_second}
+    return {key: result and getattr(result, key) for key in ("seconds", "tokens_per_second")}
 
 
 def _speculation(result: Result | None) -> dict[str, Any]:
     if result is None:
-        return dict.fromkeys(_SPECULATIVE_KEYS)
-    statistics = result.to_json()["speculation"]
-    return {key: statistics[key] for key in _SPECULATIVE_KEYS}
+        return dict.fromkeys(field.name for field in fields(SpeculationStatistics))
+    return asdict(result.speculation)
 
 
 def _explain(difference: Difference, target: Loaded) -> dict[str, Any]:
@@ -264,12 +254,12 @@ def _explain(difference: Difference, target: Loaded) -> dict[str, Any]:
 
 def _predicted_speedup(plain: Result, speculative: Result) -> float | None:
     """Tokens per cycle · t_plain / t_cycle, a cycle being its separately timed draft and verify."""
-    parts = speculative.to_json()["speculation"]
-    cycle_seconds = _ratio(parts["draft_seconds"] + parts["verify_seconds"], parts["cycles"])
+    parts = speculative.speculation
+    cycle_seconds = _ratio(parts.draft_seconds + parts.verify_seconds, parts.cycles)
     plain_seconds = _ratio(1.0, plain.tokens_per_second)
     if not cycle_seconds or not plain_seconds:
         return None
-    return parts["tokens_per_cycle"] * plain_seconds / cycle_seconds
+    return parts.tokens_per_cycle * plain_seconds / cycle_seconds
 
 
 def _rate_after_load(result: Result) -> float | None:

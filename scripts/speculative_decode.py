@@ -138,8 +138,7 @@ def check_exactness(document: dict[str, Any]) -> None:
 def list_built_in() -> int:
     """Print the names that --target and --draft take without a path."""
     for name in options.EMBEDDED:
-        here = (options.EMBEDDED_FOLDER / name).is_dir()
-        print(f"{name:14} embedded{'' if here else ', not in this version'}")
+        print(f"{name:14} embedded")
     for name in options.FETCHABLE:
         folder = options.FETCHED_FOLDER / name
         print(f"{name:14} {folder if folder.is_dir() else f'run `draftnorm fetch {name}`'}")

@@ -8,10 +8,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import compress
 from typing import IO, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 DEFINITIONS = {
@@ -122,23 +123,16 @@ def show_summary(document: dict[str, Any], console: Console) -> None:
         ]
 
     wide = console.width >= _NARROW
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    if comparing or not drafting:
-        table.add_column("plain", justify="right", style="bold")
-    if drafting:
-        table.add_column("speculative", justify="right", style="bold", overflow="fold")
-        if wide:
-            table.add_column("", style="dim")
-    for name, plain_cell, speculative_cell in rows:
-        cells = [name]
-        if comparing or not drafting:
-            cells.append(plain_cell)
-        if drafting:
-            cells.append(speculative_cell)
-            if wide:
-                cells.append(DEFINITIONS.get(name, ""))
-        table.add_row(*cells)
+    columns = (
+        Column("", no_wrap=True),
+        Column("plain", justify="right", style="bold"),
+        Column("speculative", justify="right", style="bold", overflow="fold"),
+        Column("", style="dim"),
+    )
+    shown = (True, comparing or not drafting, drafting, drafting and wide)
+    table = Table(*compress(columns, shown), box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for cells in rows:
+        table.add_row(*compress((*cells, DEFINITIONS.get(cells[0], "")), shown))
     console.print()
     console.print(table)
     if drafting and not wide:

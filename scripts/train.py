@@ -69,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mix", type=positive_int, default=7, metavar="N", help="blocks of it to one of real text"
     )
     step.add_argument("--first-choice", type=float, default=0.5, help="weight of the argmax's loss")
-    step.add_argument("--init", type=Path, metavar="DIR", help="go on from this draft's weights")
     _add_training_arguments(step, "runs/draft")
     step.set_defaults(run=run_draft)
 
@@ -148,8 +147,7 @@ def run_draft(args: argparse.Namespace) -> int:
     generated = TokenBlocks.open(generated, config.block_size)
     blocks = MixedBlocks((*[generated] * args.mix, text))
     shape = draft_config(target.config, num_layers=args.layers, hidden_size=args.hidden_size)
-    start = args.init and load_model(args.init, device=device, dtype=dtype)
-    draft = start or _new_model(shape, args)
+    draft = _new_model(shape, args)
     loss_of = distillation_loss(target, first_choice=args.first_choice)
     _finish(draft, _train(draft, config, blocks, loss_of, args), args)
     return 0

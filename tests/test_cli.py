@@ -225,9 +225,3 @@ def test_checkpoint_names(tmp_path, monkeypatch):
     references.mkdir()
     (references / "main").write_text("abc")
     assert options.resolve_checkpoint("some/model") == snapshot
-
-    monkeypatch.setattr(options, "EMBEDDED_FOLDER", tmp_path)
-    with pytest.raises(ValueError, match="draftnorm fetch smollm2-135m"):
-        options.resolve_checkpoint("target")
-    (tmp_path / "draft").mkdir()
-    assert options.resolve_checkpoint("draft") == tmp_path / "draft"
