@@ -60,11 +60,16 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     limit = bandwidth / bytes_of_a_step(model)
     lengths, counts = args.prompt_tokens or [64], args.new_tokens or [256]
     rows, notes, first_start = [], [], None
-    for prompt_tokens, new_tokens in itertools.product(lengths, counts):
-        row, start = decode(model, prompt_tokens, new_tokens, args.repeats)
+
+    def keep(row: dict[str, Any]) -> None:
+        rate, size = row["tokens_per_second"], {"prompt_tokens": prompt, "new_tokens": new_tokens}
+        rows.append(size | row | {"limit_share": rate / limit})
+        progress(f"{row['engine']}, {prompt} + {new_tokens}: {rate:,.1f} tokens/s")
+
+    for prompt, new_tokens in itertools.product(lengths, counts):
+        row, start = decode(model, prompt, new_tokens, args.repeats)
         first_start = first_start or start
-        rows.append(row | {"limit_share": row["tokens_per_second"] / limit})
-        progress(f"{prompt_tokens} + {new_tokens}: {row['tokens_per_second']:,.1f} tokens/s")
+        keep(row)
     document = {
         **report.describe_benchmark(SCHEMA, args, device),
         "transformers": None if args.no_peers else report.package_version("transformers"),
@@ -85,15 +90,13 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         **measure_steps(model, args.context, args.rows, bandwidth, args.repeats),
     }
     if not args.no_peers:
-        for prompt_tokens, new_tokens in itertools.product(lengths, counts):
+        for prompt, new_tokens in itertools.product(lengths, counts):
             try:
-                row = decode_transformers(config, prompt_tokens, new_tokens, args.repeats, model)
+                keep(decode_transformers(model, prompt, new_tokens, args.repeats))
             except Exception as error:  # ours is measured; a peer's failure is a finding
                 notes.append(f"transformers was not measured: {' '.join(str(error).split())[:300]}")
                 progress(notes[-1])
                 break
-            rows.append(row | {"limit_share": row["tokens_per_second"] / limit})
-            progress(f"transformers: {row['tokens_per_second']:,.1f} tokens/s")
     return document | {"results": rows, "notes": notes}
 
 
@@ -173,17 +176,23 @@ def decode(
     greedy()
     rates = [greedy() for _ in range(repeats)]
     first = timing.wall_seconds(lambda: _first_token(model, cache, prompt_tokens), repeats)
-    row = _result("draftnorm", prompt_tokens, new_tokens, rates, first, first_seconds)
+    row = {
+        "engine": "draftnorm",
+        **timing.spread(rates),
+        "first_token_seconds": statistics.median(first),
+        "warm_up_seconds": first_seconds,
+    }
     return row, start | {"extra_memory_bytes": memory.peak()}
 
 
 def decode_transformers(
-    config: ModelConfig, prompt_tokens: int, new_tokens: int, repeats: int, ours: Transformer
+    ours: Transformer, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> dict[str, Any]:
     """The same shape in transformers, compiled on a GPU; ValueError if it does not fit."""
     from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-    device, needed = ours.device, config.parameters * ours.dtype.itemsize
+    config, device = ours.config, ours.device
+    needed = config.parameters * ours.dtype.itemsize
     if needed * 1.05 > (free := free_bytes(device)):
         raise ValueError(f"{needed:,} bytes of weights do not fit beside ours, {free:,} are free")
     start = time.perf_counter()
@@ -222,8 +231,12 @@ def decode_transformers(
     rates = [greedy() for _ in range(repeats)]
     with torch.no_grad():
         first = timing.wall_seconds(first_token, repeats)
-    engine = "transformers, static cache, compiled"
-    return _result(engine, prompt_tokens, new_tokens, rates, first, warm_up_seconds)
+    return {
+        "engine": "transformers, static cache, compiled",
+        **timing.spread(rates),
+        "first_token_seconds": statistics.median(first),
+        "warm_up_seconds": warm_up_seconds,
+    }
 
 
 class _ExtraMemory:
@@ -243,20 +256,6 @@ def _first_token(model: Transformer, cache: KVCache, length: int) -> int:
     cache.rollback(0)
     prompt = torch.arange(length, device=model.device) % model.config.vocab_size
     return int(model.prefill(prompt, cache).argmax())
-
-
-def _result(
-    engine: str, prompt_tokens: int, new_tokens: int, rates: list[float], first: list[float],
-    warm_up_seconds: float,
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "engine": engine,
-        **timing.spread(rates),
-        "first_token_seconds": statistics.median(first),
-        "warm_up_seconds": warm_up_seconds,
-    }
 
 
 def markdown(document: dict[str, Any]) -> str:

@@ -140,18 +140,18 @@ def find_packages(roots: Sequence[Path]) -> tuple[list[dict], list[str]]:
     return [packages[name] for name in sorted(packages)], sorted(refused)
 
 
-def collect(out: Path, *, roots: Sequence[Path], max_bytes: int | None = None) -> dict:
+def collect(out: Path, *, roots: Sequence[Path]) -> dict:
     """Write the split files and the manifest; return the manifest.
 
     Held-out packages come first, so that a training file which copies one of theirs is the one
-    that is dropped. max_bytes bounds the training text, for a quick trial.
+    that is dropped.
     """
     packages, refused = find_packages(roots)
     packages.sort(key=lambda package: package["name"] not in HELD_OUT)
     out.mkdir(parents=True, exist_ok=True)
     outputs = {split: (out / f"{split}.jsonl").open("w") for split in SPLITS}
     exact, sketches, index = set(), [], defaultdict(list)
-    left_out, entries, total = Counter(), [], 0
+    left_out, entries = Counter(), []
     with ProcessPoolExecutor() as pool:
         jobs = [pool.submit(_read_package, p["root"], p["paths"]) for p in packages]
         for package, job in zip(packages, jobs, strict=True):
@@ -159,8 +159,6 @@ def collect(out: Path, *, roots: Sequence[Path], max_bytes: int | None = None) -
             left_out += rejected
             split, kept, size = HELD_OUT.get(package["name"], "train"), 0, 0
             for path, text, sketch in files:
-                if max_bytes is not None and total >= max_bytes and split == "train":
-                    break  # of the training text alone: the held-out packages are always whole
                 key = zlib.crc32(text.encode()), len(text)
                 if key in exact or _is_near_copy(sketch, sketches, index):
                     left_out["exact copy" if key in exact else "near copy"] += 1
@@ -169,7 +167,6 @@ def collect(out: Path, *, roots: Sequence[Path], max_bytes: int | None = None) -
                 record = {"package": package["name"], "path": path, "text": text}
                 outputs[split].write(json.dumps(record) + "\n")
                 kept, size = kept + 1, size + len(text.encode())
-                total += len(text) * (split == "train")
             if kept:
                 entry = {key: package[key] for key in ("name", "version", "licence")}
                 entries.append(entry | {"split": split, "files": kept, "bytes": size})

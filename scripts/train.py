@@ -39,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--out", type=Path, default=Path("runs/corpus"), metavar="DIR")
     packages = [Path(path) for path in site.getsitepackages()]
     step.add_argument("--root", type=Path, nargs="+", default=packages, metavar="SITE_PACKAGES")
-    step.add_argument("--megabytes", type=float, help="end after so much text, for a trial")
     step.set_defaults(run=run_corpus)
 
     step = steps.add_parser("tokenizer", help="train the tokenizer and write token ids")
@@ -97,8 +96,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 def run_corpus(args: argparse.Namespace) -> int:
     from draftnorm.scripts.collect_corpus import collect
 
-    max_bytes = None if args.megabytes is None else int(args.megabytes * 1e6)
-    manifest = collect(args.out, roots=args.root, max_bytes=max_bytes)
+    manifest = collect(args.out, roots=args.root)
     print(json.dumps({key: manifest[key] for key in ("bytes", "files_left_out")}), file=sys.stderr)
     return 0
 
