@@ -36,9 +36,10 @@ from draftnorm.model.cache import KVCache
 from draftnorm.model.decode_step import DecodeStep, open_step
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import options, report, timing
+from draftnorm.scripts.benchmark_decode import benchmark_prompt
 from draftnorm.scripts.benchmark_shape import random_model
 from draftnorm.scripts.shapes import NAMES
-from draftnorm.scripts.step_times import Launch, new_cache, observe_step
+from draftnorm.scripts.step_times import Launch, new_cache, observe_step, scattered_tokens
 
 SCHEMA = "draftnorm/benchmark-exactness/1"
 LADDER = (*range(1, 18), 31, 32, 33, 64, 144)
@@ -94,9 +95,7 @@ def _subject(args: argparse.Namespace) -> tuple[Transformer, Transformer | None,
         if args.target or args.draft or args.device == "cpu":
             raise ValueError("--shape takes no --target or --draft, and runs on a GPU alone")
         model = random_model(args.shape, options.torch_dtype(args.dtype))
-        # 7919 is a prime that no vocabulary divides: every id in turn, none beside the next.
-        tokens_T = torch.arange(room, device=model.device) * 7919 % model.config.vocab_size
-        return model, None, tokens_T
+        return model, None, scattered_tokens(model, room)
     target = options.load(args.target or "target", args)
     name = args.draft or (None if args.target else "draft")
     draft = name and options.load(name, args).model
@@ -104,8 +103,7 @@ def _subject(args: argparse.Namespace) -> tuple[Transformer, Transformer | None,
         raise ValueError(
             f"-p and --steps make {room} tokens, the context is {target.model.config.context}"
         )
-    text = target.tokenizer.encode(options.built_in_prompt(target.name))
-    tokens = list(itertools.islice(itertools.cycle(text), room))
+    tokens = benchmark_prompt(target, room)
     return target.model, draft, torch.tensor(tokens, device=target.model.device)
 
 

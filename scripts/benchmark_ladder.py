@@ -21,7 +21,7 @@ import torch
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import options, report
-from draftnorm.scripts.benchmark_shape import random_model
+from draftnorm.scripts.benchmark_shape import first_token, random_model
 from draftnorm.scripts.shapes import NAMES
 from draftnorm.scripts.step_times import new_cache, step_seconds, stream_rate
 from draftnorm.scripts.timing import progress, spread
@@ -74,17 +74,16 @@ def run(args: argparse.Namespace) -> int:
 def climb(model: Transformer, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a rung."""
     cache = new_cache(model, args.prompt_tokens + args.new_tokens)
-    prompt = torch.arange(args.prompt_tokens, device=model.device) % model.config.vocab_size
-    model.prefill(prompt, cache)
+    token = first_token(model, cache, args.prompt_tokens)
     rows, logits = [], None
     for name, settings in RUNGS.items():
         step = DecodeStep(model, cache, **settings)
         rates = []
         for _ in range(1 + args.repeats):
             cache.lengths[0] = args.prompt_tokens
-            rates.append(stream_rate(step, 1, args.new_tokens))
+            rates.append(stream_rate(step, token, args.new_tokens))
         cache.lengths[0] = args.prompt_tokens
-        found = step.forward(torch.ones(1, 1, dtype=torch.long, device=model.device)).clone()
+        found = step.forward(torch.tensor([[token]], device=model.device)).clone()
         logits = found if logits is None else logits
         rows.append(
             {

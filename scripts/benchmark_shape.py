@@ -138,7 +138,7 @@ def prefill(model: Transformer, length: int, flops: float, repeats: int) -> dict
     cache = new_cache(model, length)
     memory = _ExtraMemory()
     seconds = statistics.median(
-        timing.wall_seconds(lambda: _first_token(model, cache, length), repeats)
+        timing.wall_seconds(lambda: first_token(model, cache, length), repeats)
     )
     progress(f"prefill of {length}: {length / seconds:,.0f} tokens/s")
     return {
@@ -171,11 +171,11 @@ def decode(
     step, start["next_session_seconds"] = start_session()  # finds its kernels in this process
 
     def greedy() -> float:
-        return stream_rate(step, _first_token(model, cache, prompt_tokens), new_tokens)
+        return stream_rate(step, first_token(model, cache, prompt_tokens), new_tokens)
 
     greedy()
     rates = [greedy() for _ in range(repeats)]
-    first = timing.wall_seconds(lambda: _first_token(model, cache, prompt_tokens), repeats)
+    first = timing.wall_seconds(lambda: first_token(model, cache, prompt_tokens), repeats)
     row = {
         "engine": "draftnorm",
         **timing.spread(rates),
@@ -211,13 +211,13 @@ def decode_transformers(
     step = torch.compile(advance, mode="reduce-overhead", fullgraph=True) if cuda else advance
     prompt = torch.arange(prompt_tokens, device=device)[None] % config.vocab_size
 
-    def first_token() -> Tensor:
+    def read_prompt() -> Tensor:
         cache.reset()
         return advance(prompt)
 
     @torch.no_grad()
     def greedy() -> float:
-        token = first_token()
+        token = read_prompt()
         timing.synchronize()
         start = time.perf_counter()
         for _ in range(new_tokens):
@@ -230,7 +230,7 @@ def decode_transformers(
     warm_up_seconds = time.perf_counter() - start
     rates = [greedy() for _ in range(repeats)]
     with torch.no_grad():
-        first = timing.wall_seconds(first_token, repeats)
+        first = timing.wall_seconds(read_prompt, repeats)
     return {
         "engine": "transformers, static cache, compiled",
         **timing.spread(rates),
@@ -251,7 +251,7 @@ class _ExtraMemory:
         return torch.cuda.max_memory_allocated() - self.before if self.before else None
 
 
-def _first_token(model: Transformer, cache: KVCache, length: int) -> int:
+def first_token(model: Transformer, cache: KVCache, length: int) -> int:
     """Read a prompt of `length` into the empty cache; the best token after it."""
     cache.rollback(0)
     prompt = torch.arange(length, device=model.device) % model.config.vocab_size

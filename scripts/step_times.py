@@ -44,6 +44,11 @@ def new_cache(model: Transformer, capacity: int) -> KVCache:
     return KVCache(model.config, capacity=capacity, device=model.device, dtype=model.dtype)
 
 
+def scattered_tokens(model: Transformer, count: int) -> Tensor:
+    """Different ids, none beside the next: 7919 is a prime that no vocabulary divides."""
+    return torch.arange(count, device=model.device) * 7919 % model.config.vocab_size
+
+
 def bytes_of_a_step(model: Transformer, experts: float | None = None) -> int:
     """Weights that a step reads: all but the embedding's other rows and experts not touched.
 
@@ -73,9 +78,7 @@ def measure_steps(
         one = None
         for M in sorted({1, *rows}):
             cache.lengths[0] = context
-            # Different tokens take different experts. 7919 is a prime that no vocabulary divides.
-            block = (torch.arange(M, device=model.device) * 7919 + 1) % model.config.vocab_size
-            step.forward(block[None])
+            step.forward(scattered_tokens(model, M)[None])  # which take different experts
             experts = experts_touched(step, M)
             row = {
                 "context": context,
