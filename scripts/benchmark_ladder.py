@@ -36,28 +36,26 @@ RUNGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", type=shapes, default=["smollm2-135m"], metavar="S,S",
-                        help=f"of: {', '.join(NAMES)}")  # fmt: skip
+    shapes, known = options.several(shape), f"of: {', '.join(NAMES)}"
+    parser.add_argument("--shape", type=shapes, default="smollm2-135m", metavar="S,S", help=known)
     parser.add_argument("-p", dest="prompt_tokens", type=options.positive_int, default=64)
     parser.add_argument("-n", dest="new_tokens", type=options.positive_int, default=256)
     options.add_benchmark_arguments(parser, repeats=5)
 
 
-def shapes(text: str) -> list[str]:
-    """An argument such as smollm2-135m,llama-3.2-1b."""
-    names = [name for name in text.split(",") if name]
-    if unknown := [name for name in names if name not in NAMES]:
-        raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}, not one of {', '.join(NAMES)}")
-    return names
+def shape(text: str) -> str:
+    if text not in NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(NAMES)}")
+    return text
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure every rung of every shape, and print a table or one document."""
     results = []
-    for shape in args.shape:
-        model = random_model(shape)
+    for name in args.shape:
+        model = random_model(name)
         device, dtype = model.device, model.dtype
-        results += [{"shape": shape} | row for row in climb(model, args)]
+        results += [{"shape": name} | row for row in climb(model, args)]
         del model  # before the next one
     document = {
         **report.describe_benchmark(SCHEMA, args, device),

@@ -22,15 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     parser.add_argument(
         "--draft",
-        type=lambda text: [word for word in text.split(",") if word],
+        type=options.several(str),
         metavar="D,D",
         help="drafters (default: ngram, and the embedded draft for the embedded target)",
     )
     parser.add_argument(
-        "--draft-length",
-        type=options.draft_lengths,
-        default=["auto"],
-        metavar="N|auto,…",
+        "--draft-length", type=options.draft_lengths, default=["auto"], metavar="N|auto,…"
     )
 
 

@@ -5,8 +5,9 @@ import importlib.util
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Modules that import torch are imported where they are used: --help and usage errors stay fast.
 
@@ -137,11 +138,6 @@ def positive_int(text: str) -> int:
     return value
 
 
-def positive_ints(text: str) -> list[int]:
-    """An argument such as 1,8,64."""
-    return [positive_int(word) for word in text.split(",") if word]
-
-
 def draft_length(text: str) -> int | str:
     """An argument of `auto` or 1 … 15."""
     if text == "auto":
@@ -151,9 +147,17 @@ def draft_length(text: str) -> int | str:
     return int(text)
 
 
-def draft_lengths(text: str) -> list[int | str]:
-    """An argument such as auto,2,4."""
-    return [draft_length(word) for word in text.split(",") if word]
+def several(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argument such as 1,8,64 whose every word is an argument of its own."""
+
+    def words(text: str) -> list[Any]:
+        return [one(word) for word in text.split(",") if word]
+
+    return words
+
+
+positive_ints = several(positive_int)
+draft_lengths = several(draft_length)
 
 
 def read_prompt(args: argparse.Namespace) -> str:
