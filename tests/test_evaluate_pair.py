@@ -1,6 +1,7 @@
 """The yardsticks of the evaluation: n-grams, function heads, bits a byte, intervals."""
 
 import itertools
+import json
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -68,6 +69,17 @@ def test_ngrams_match_the_textbook_recursion(order):
     )
     nats = ngram_nats(train, held_out, 4, order) * len(held_out)
     assert nats == pytest.approx(expected, rel=1e-9)  # fp64 throughout
+
+
+def test_ngrams_are_measured_in_bits_of_the_validation_text(tmp_path) -> None:
+    tokens = {"train": [1, 2, 3, 1, 2, 3, 1], "validation": [1, 2, 3]}
+    for split, ids in tokens.items():
+        np.array(ids, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
+    record = {"package": "p", "path": "a.py", "text": "ab\n"}
+    (tmp_path / "validation.jsonl").write_text(json.dumps(record) + "\n")
+    nats = ngram_nats(torch.tensor(tokens["train"]), torch.tensor(tokens["validation"]), 4)
+    bits = evaluate_pair.ngram_bits_per_byte(tmp_path, 4)
+    assert bits == pytest.approx(nats * 3 / math.log(2) / 3)
 
 
 def test_ngram_probabilities_sum_to_one():
