@@ -75,7 +75,7 @@ def bits_per_byte(model, tokenizer, texts: Sequence[str], window: int = 1024) ->
 
 
 def ngram_bits_per_byte(corpus: Path, vocab_size: int) -> float:
-    """Of a 5-gram model of all training tokens on all validation tokens; 0.1 GB a million tokens."""
+    """Of a 5-gram model of all training on all validation tokens; 0.1 GB a million tokens."""
     train_N, held_out_T = (
         torch.from_numpy(np.fromfile(corpus / f"{split}.bin", np.uint16).astype(np.int64))
         for split in ("train", "validation")
