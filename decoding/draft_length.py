@@ -21,7 +21,7 @@ class FixedDraftLength:
     """The same length in every cycle. ValueError unless it is 1 … MAX_DRAFT_LENGTH."""
 
     def __init__(self, length: int) -> None:
-        if not isinstance(length, int) or not 1 <= length <= MAX_DRAFT_LENGTH:
+        if type(length) is not int or not 1 <= length <= MAX_DRAFT_LENGTH:
             raise ValueError(
                 f"draft_length must be 1 … {MAX_DRAFT_LENGTH} or 'auto', not {length!r}"
             )

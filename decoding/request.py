@@ -57,20 +57,20 @@ class Request:
         prompt_ids = tuple(map(operator.index, prompt))
         most, size = config.context, config.vocab_size
         limit = most if context is None else context
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not prompt_ids:
             raise ValueError("the prompt is empty, and the tokenizer adds no token to begin with")
         if not all(0 <= token < size for token in prompt_ids):
             wrong = next(token for token in prompt_ids if not 0 <= token < size)
             raise ValueError(f"token id {wrong} is outside the vocabulary of {size} ids")
-        if not 1 <= limit <= most:
+        if limit != int(limit) or not 1 <= limit <= most:
             raise ValueError(
                 f"context must be 1 … {most}, what the model was made for, not {limit}"
             )
         if len(prompt_ids) > limit:
             raise ValueError(f"the prompt has {len(prompt_ids)} tokens, the context only {limit}")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+        if max_new_tokens != int(max_new_tokens) or max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be 0, 1, 2, …, not {max_new_tokens}")
         if stop and (tokenizer is None or not all(stop)):
             raise ValueError("stop strings must not be empty, and need a tokenizer")
         eos = (config if tokenizer is None else tokenizer).eos_token_ids

@@ -140,7 +140,7 @@ def test_an_unaffordable_draft_is_given_up() -> None:
 
 def test_fixed_lengths() -> None:
     assert FixedDraftLength(15).next() == 15
-    for wrong in (0, 16, 2.5, "many"):
+    for wrong in (True, 0, 16, 2.5, "many"):
         with pytest.raises(ValueError, match="draft_length must be 1 … 15"):
             FixedDraftLength(wrong)
 

@@ -115,6 +115,8 @@ def test_invalid_prompts() -> None:
         ([1] * 4, dict(context=3), "the prompt has 4 tokens, the context only 3"),
         ([1], dict(context=0), "context must be 1 … 8"),
         ([1], dict(max_new_tokens=-1), "max_new_tokens"),
+        ([1], dict(max_new_tokens=2.5), "max_new_tokens"),
+        ([1], dict(context=2.5), "context"),
         ([1], dict(stop=[""]), "stop strings"),
         ([1], dict(request_id=-1), "request id"),
         ("a", dict(system="b"), "chat template"),
