@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from draftnorm.kernels.attention import attention_reference
-from draftnorm.kernels.operands import eights, operand, sum_slabs
+from draftnorm.kernels.operands import arrive, eights, operand, sum_slabs
 
 ROWS = 16
 SPLIT = 512
@@ -96,13 +96,6 @@ def _store_part(acc_ptr, extremes_ptr, part, acc_RK, max_R, sum_R, row_ok, dim, 
     tl.store(place, acc_RK, mask=row_ok[:, None] & (dim < K)[None, :])
     tl.store(extremes_ptr + part * (2 * _ROWS) + r, max_R)
     tl.store(extremes_ptr + part * (2 * _ROWS) + _ROWS + r, sum_R)
-
-
-@triton.jit
-def _arrive(ticket_ptr):
-    """How many programs have left their part before this one."""
-    tl.debug_barrier()  # every thread's share is written before the ticket says so
-    return tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
 
 
 @triton.jit
@@ -238,7 +231,7 @@ def _decode_attention_kernel(
     first = tl.maximum(first_split, my_group * _GROUP_SPLITS)
     last = tl.minimum(last_split, my_group * _GROUP_SPLITS + _GROUP_SPLITS - 1)
     _store_part(acc_ptr, extremes_ptr, split, acc_RK, max_R, sum_R, row_ok, dim, K)
-    if _arrive(ticket_ptr + my_group) != last - first:
+    if arrive(ticket_ptr + my_group) != last - first:
         return
     tl.store(ticket_ptr + my_group, 0)
     acc_RK, max_R, sum_R = _join(acc_ptr, extremes_ptr, first, last, row_ok, dim, K, BLOCK_D)
@@ -249,7 +242,7 @@ def _decode_attention_kernel(
     acc_ptr += splits * _ROWS * K
     extremes_ptr += splits * 2 * _ROWS
     _store_part(acc_ptr, extremes_ptr, my_group, acc_RK, max_R, sum_R, row_ok, dim, K)
-    if _arrive(ticket_ptr + groups) != last - first:
+    if arrive(ticket_ptr + groups) != last - first:
         return
     tl.store(ticket_ptr + groups, 0)
     acc_RK, max_R, sum_R = _join(acc_ptr, extremes_ptr, first, last, row_ok, dim, K, BLOCK_D)

@@ -47,6 +47,13 @@ def finish_rstd(squares, eps, K: tl.constexpr, R: tl.constexpr, LEVELS: tl.const
     return tl.rsqrt(tl.fma(square_sum_R, 1.0 / K, tl.cast(eps, tl.float32)))
 
 
+@triton.jit
+def normed(x, rstd, scale):
+    """Rounded as `rms_norm` rounds: once normalised, and once scaled."""
+    y = (x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32)
+    return (y * scale.to(tl.float32)).to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["eps"])
 def _normalize_kernel(
     y_ptr, x_ptr, weight_ptr, squares_ptr, eps,
@@ -55,17 +62,15 @@ def _normalize_kernel(
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = column < K
-    scale = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(weight_ptr + column, mask=mask, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     place = row[:, None] * K + column[None, :]
     squares = load_squares(squares_ptr, row, row >= 0, K, NORM_LEVELS)
-    x = tl.load(x_ptr + place, mask=mask[None, :], other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + place, mask=mask[None, :], other=0.0)
     rstd = finish_rstd(squares, eps, K, 1, NORM_LEVELS)
-    dtype = y_ptr.dtype.element_ty
-    y = (x * rstd[:, None]).to(dtype).to(tl.float32) * scale[None, :]
-    tl.store(y_ptr + place, y.to(dtype), mask=mask[None, :])
+    tl.store(y_ptr + place, normed(x, rstd[:, None], scale[None, :]), mask=mask[None, :])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

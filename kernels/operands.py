@@ -1,4 +1,5 @@
-"""Operands of the matrix instruction without shared memory: loaded where it wants them.
+"""What the kernels of a step share: operands loaded where the matrix instruction wants them, sums
+in a fixed order.
 
 Legend: L slabs of a sum, one a warp; C = columns / 32 L.
 
@@ -69,3 +70,10 @@ def sum_slabs(acc_LWR, L: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
         left, right = tl.split(tl.reshape(acc, [W, R, L >> (level + 1), 2]))
         acc = left + right
     return tl.reshape(acc, [W, R])
+
+
+@triton.jit
+def arrive(ticket_ptr):
+    """How many programs have left their part of a sum before this one: the last one joins them."""
+    tl.debug_barrier()  # every thread's share is written before the ticket says so
+    return tl.atomic_add(ticket_ptr, 1, sem="acq_rel")

@@ -45,9 +45,10 @@ from draftnorm.kernels.decode_norm import (
     finish_rstd,
     load_squares,
     norm_levels,
+    normed,
     square_sums,
 )
-from draftnorm.kernels.operands import eights, fetch, operand, prefetch_l2, sum_slabs
+from draftnorm.kernels.operands import arrive, eights, fetch, operand, prefetch_l2, sum_slabs
 from draftnorm.kernels.rms_norm import rms_norm_reference
 
 _SQUARES: tl.constexpr = tl.constexpr(SQUARES)
@@ -133,13 +134,6 @@ def _add_product(acc, w, x, L: tl.constexpr):
         return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     else:
         return tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
-
-
-@triton.jit
-def _normed(x, rstd, scale):
-    """Rounded as `rms_norm` rounds: once normalised, and once scaled."""
-    y = (x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32)
-    return (y * scale.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["M", "T", "S", "capacity", "eps"])
@@ -241,9 +235,9 @@ def _projection_kernel(
         if norm_weight_ptr is not None:
             rstd_R = finish_rstd(squares, eps, K, R, NORM_LEVELS)
             rstd = tl.trans(tl.reshape(rstd_R, [R // 8, 8]))[:, None, None, :, None]
-            x0 = _normed(x0, rstd, scale0)
+            x0 = normed(x0, rstd, scale0)
             if SECOND > 0:
-                x1 = _normed(x1, rstd, scale1)
+                x1 = normed(x1, rstd, scale1)
         acc = tl.zeros([L, W, R], tl.float32)
         acc = _add_product(acc, operand(w0, W, FIRST, L), operand(x0, R, FIRST, L), L)
         if SECOND > 0:
@@ -271,9 +265,7 @@ def _projection_kernel(
         partial_ptrs = partial_ptr + y_ptrs
         stride = row_tiles.to(tl.int64) * R * N
         tl.store(partial_ptrs + part * stride, acc, mask=y_mask)
-        tl.debug_barrier()  # every thread's share is written before the ticket says so
-        ticket = tl.atomic_add(ticket_ptr + tl.program_id(0), 1, sem="acq_rel")
-        if ticket != parts - 1:
+        if arrive(ticket_ptr + tl.program_id(0)) != parts - 1:
             return
         tl.store(ticket_ptr + tl.program_id(0), 0)
         acc = tl.zeros([W, R], tl.float32)
