@@ -4,6 +4,7 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from draftnorm.decoding.sampling import Sampler, SamplingConfig
 from draftnorm.kernels.compilation import Progress
@@ -63,13 +64,13 @@ class Request:
         if not all(0 <= token < size for token in prompt_ids):
             wrong = next(token for token in prompt_ids if not 0 <= token < size)
             raise ValueError(f"token id {wrong} is outside the vocabulary of {size} ids")
-        if limit != int(limit) or not 1 <= limit <= most:
+        if not isinstance(limit, Integral) or not 1 <= limit <= most:
             raise ValueError(
                 f"context must be 1 … {most}, what the model was made for, not {limit}"
             )
         if len(prompt_ids) > limit:
             raise ValueError(f"the prompt has {len(prompt_ids)} tokens, the context only {limit}")
-        if max_new_tokens != int(max_new_tokens) or max_new_tokens < 0:
+        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be 0, 1, 2, …, not {max_new_tokens}")
         if stop and (tokenizer is None or not all(stop)):
             raise ValueError("stop strings must not be empty, and need a tokenizer")

@@ -1,5 +1,7 @@
 """Endings, stop strings, chunks, prompts and results, in plain decoding and under speculation."""
 
+import math
+
 import pytest
 import torch
 from fake_model import FakeModel, ScriptedDrafter, fake_tokenizer
@@ -116,7 +118,11 @@ def test_invalid_prompts() -> None:
         ([1], dict(context=0), "context must be 1 … 8"),
         ([1], dict(max_new_tokens=-1), "max_new_tokens"),
         ([1], dict(max_new_tokens=2.5), "max_new_tokens"),
+        ([1], dict(max_new_tokens=2.0), "max_new_tokens"),
+        ([1], dict(max_new_tokens=math.inf), "max_new_tokens"),
+        ([1], dict(max_new_tokens="8"), "max_new_tokens"),
         ([1], dict(context=2.5), "context"),
+        ([1], dict(context=math.nan), "context"),
         ([1], dict(stop=[""]), "stop strings"),
         ([1], dict(request_id=-1), "request id"),
         ("a", dict(system="b"), "chat template"),
