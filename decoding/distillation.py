@@ -30,7 +30,6 @@ DRAFT = TrainingConfig(
     steps=14_100, batch_size=16, block_size=1024, learning_rate=3e-3, warmup_steps=200
 )
 
-
 # Of the sequences that the target writes: greedy ones are easy, warm ones are learnt last.
 TEMPERATURES = (0.0, 0.0, 0.0, 0.6, 0.8, 0.8, 0.8, 1.0)
 
@@ -111,7 +110,8 @@ def continuations(
     draft meets in use: soon after a prompt, before greedy text has run into its loop for long.
     """
     device = target.device
-    temperature_B = torch.tensor(TEMPERATURES, device=device).repeat(-(-batch_size // 8))
+    rounds = -(-batch_size // len(TEMPERATURES))
+    temperature_B = torch.tensor(TEMPERATURES, device=device).repeat(rounds)
     generator = torch.Generator(device).manual_seed(0)
     for step in count():
         prompts_BT = prompts.batch(step, batch_size, seed=1)[:, :-1].to(device)
