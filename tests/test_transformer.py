@@ -2,48 +2,16 @@
 
 import pytest
 import torch
+from families import BASE, FAMILIES
 
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.transformer import PREFILL_CHUNK, Transformer
 
-BASE = dict(
-    vocab_size=97,
-    hidden_size=36,
-    intermediate_size=50,
-    num_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_size=6,
-    context=4096,
-    initializer_range=0.2,
-)
-VARIANTS = {
-    "llama": dict(tie_embeddings=True, qkv_bias=True, output_bias=True, mlp_bias=True),
-    "mistral": dict(architecture="mistral", windows=(7, 7)),
-    "mixtral": dict(
-        architecture="mixtral",
-        num_experts=5,
-        experts_per_token=2,
-        expert_size=26,
-        windows=(None, 9),
-    ),
-    "qwen3": dict(architecture="qwen3", qk_norm=True),
-    "qwen3_moe": dict(
-        architecture="qwen3_moe",
-        qk_norm=True,
-        num_experts=9,
-        experts_per_token=4,
-        expert_size=12,
-        normalize_router=False,
-        dense_layers=(0,),
-    ),
-}
 
-
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> Transformer:
-    return Transformer(ModelConfig(**BASE | VARIANTS[request.param])).init_weights(seed=3)
+    return Transformer(ModelConfig(**BASE | FAMILIES[request.param])).init_weights(seed=3)
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
@@ -168,7 +136,7 @@ def test_every_call_stays_on_the_models_device() -> None:
 
     Dense models only: which experts a tile reads is known on the host.
     """
-    variants = (VARIANTS[name] for name in ("llama", "mistral", "qwen3"))
+    variants = (FAMILIES[name] for name in ("llama", "mistral", "qwen3"))
     for config in (ModelConfig(**BASE | variant) for variant in variants):
         model = Transformer(config, device="meta", dtype=torch.bfloat16)
         ones = torch.ones(2, 9, dtype=torch.long, device="meta")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decode_support import needs_run_time_loops
+from families import BASE, FAMILIES
 
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
@@ -10,38 +11,6 @@ from draftnorm.model.decode_step import NORMS, DecodeStep
 from draftnorm.model.transformer import Transformer
 
 pytestmark = needs_run_time_loops
-
-BASE = dict(
-    vocab_size=97,
-    hidden_size=36,
-    intermediate_size=50,
-    num_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_size=6,
-    context=512,
-    initializer_range=0.2,
-)
-FAMILIES = {
-    "llama": dict(tie_embeddings=True, qkv_bias=True, output_bias=True, mlp_bias=True),
-    "mistral": dict(architecture="mistral", windows=(7, 7)),
-    "mixtral": dict(
-        architecture="mixtral",
-        num_experts=5,
-        experts_per_token=2,
-        expert_size=26,
-        windows=(9, None),
-    ),
-    "qwen3_moe": dict(
-        architecture="qwen3_moe",
-        qk_norm=True,
-        num_experts=9,
-        experts_per_token=4,
-        expert_size=12,
-        normalize_router=False,
-        dense_layers=(0,),
-    ),
-}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
