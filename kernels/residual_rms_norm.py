@@ -105,20 +105,18 @@ def residual_rms_norm_forward(
 class _ResidualRMSNorm(torch.autograd.Function):
     # summed feeds both the norm and the next residual, so its two gradients add up.
     @staticmethod
-    def forward(ctx, x_MD, residual_MD, weight, eps, offset, casting_mode):
-        y_MD, summed_MD, rstd_M = residual_rms_norm_forward(
-            x_MD, residual_MD, weight, eps, offset=offset, casting_mode=casting_mode
-        )
-        ctx.save_for_backward(summed_MD, weight, rstd_M)
-        ctx.options = {"offset": offset, "casting_mode": casting_mode}
-        return y_MD, summed_MD
+    def forward(ctx, x, residual, weight, eps, options):
+        y, summed, rstd_M = residual_rms_norm_forward(x, residual, weight, eps, **options)
+        ctx.save_for_backward(summed, weight, rstd_M)
+        ctx.options = options
+        return y, summed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_MD, dsummed_MD):
-        dx_MD, dweight_D = rms_norm_backward(dy_MD, *ctx.saved_tensors, **ctx.options)
-        dx_MD += dsummed_MD
-        return dx_MD, dx_MD, dweight_D, None, None, None
+    def backward(ctx, dy, dsummed):
+        dx, dweight = rms_norm_backward(dy, *ctx.saved_tensors, **ctx.options)
+        dx += dsummed
+        return dx, dx, dweight, None, None
 
 
 def residual_rms_norm(
@@ -148,6 +146,4 @@ def residual_rms_norm(
         options["inference_mode"] = True
         y, summed, _ = residual_rms_norm_forward(x, residual, weight, eps, **options)
         return y, summed
-    x_MD, residual_MD = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, residual))
-    y, summed = _ResidualRMSNorm.apply(x_MD, residual_MD, weight, eps, offset, casting_mode)
-    return y.view(x.shape), summed.view(x.shape)
+    return _ResidualRMSNorm.apply(x, residual, weight, eps, options)

@@ -254,9 +254,10 @@ def check_rows(x: Tensor, weight: Tensor | None, casting_mode: str, row_mode: st
             f"the launchers run Triton kernels and need CUDA tensors, got {x.device=}: call "
             "rms_norm, or set TRITON_INTERPRET=1 before the first import of triton"
         )
-    if x.dtype not in DTYPES or x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_HIDDEN:
+    D = x.shape[-1] if x.dim() else 0
+    if x.dtype not in DTYPES or not 1 <= D <= MAX_HIDDEN:
         raise ValueError(f"need float [..., 1 to {MAX_HIDDEN}] rows, got {x.dtype=}, {x.shape=}")
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    if x.stride()[-1] != 1 and D > 1:
         raise ValueError(f"the last dimension must be contiguous, got {x.stride()=}")
     if casting_mode not in CASTING_MODES or row_mode not in ROW_MODES:
         raise ValueError(
@@ -264,41 +265,46 @@ def check_rows(x: Tensor, weight: Tensor | None, casting_mode: str, row_mode: st
         )
     if weight is None:
         return
-    if weight.shape != x.shape[-1:] or weight.device != x.device or not weight.is_contiguous():
-        raise ValueError(f"need a contiguous weight [{x.shape[-1]}] beside x, got {weight.shape=}, "
+    if weight.shape != (D,) or weight.device != x.device or not weight.is_contiguous():
+        raise ValueError(f"need a contiguous weight [{D}] beside x, got {weight.shape=}, "
                          f"{weight.stride()=}, {weight.device=}, {x.device=}")  # fmt: skip
 
 
-def _forward(x, weight, eps, offset, casting_mode, row_mode, rstd_M) -> Tensor:
-    """Launch a forward kernel on checked arguments; `rstd_M` None compiles its store out."""
+def _forward(x, weight, eps, offset, casting_mode, row_mode, store):
+    """Launch a forward kernel on checked arguments -> (y, rstd_M or, unless `store`, None)."""
     D = x.shape[-1]
-    x_MD = x if x.dim() == 2 else x.reshape(-1, D)
-    M, stride, device = x_MD.shape[0], x_MD.stride(0), x.get_device()
+    M, stride, device = x.numel() // D, D, x.get_device()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rstd_M = x.new_empty(M, dtype=torch.float32) if store else None
     if M == 0:
-        return y
+        return y, rstd_M
+    if not x.is_contiguous():  # else the rows need no view, which takes the host as long as y
+        x = x.reshape(-1, D)
+        stride = x.stride()[0]
     R, levels, warps = launch_shape(D, M >= MANY_ROWS, row_mode)
     pdl, eps = has_pdl(device), float(eps)
-    constants = (levels, offset, casting_mode, rstd_M is not None, pdl)
+    constants = (levels, offset, casting_mode, store, pdl)
     if R == 1:
         kernel, grid = _rms_norm_row_kernel, (M, 1, 1)
-        args = (y, x_MD, weight, rstd_M, stride, eps, D, *constants)
+        args = (y, x, weight, rstd_M, stride, eps, D, *constants)
     else:
-        kernel, grid = _rms_norm_block_kernel, (triton.cdiv(M, R), 1, 1)
-        args = (y, x_MD, weight, rstd_M, stride, M, eps, D, R, *constants)
+        kernel, grid = _rms_norm_block_kernel, (-(-M // R), 1, 1)
+        args = (y, x, weight, rstd_M, stride, M, eps, D, R, *constants)
     # Triton's dispatch inspects and hashes every argument: 7 µs of host time a launch. All it can
     # learn is which addresses and strides are multiples of 16; where all are, we know the kernel.
     dtype, bits = (None, 0) if weight is None else (weight.dtype, weight.data_ptr())
-    if (bits | x_MD.data_ptr() | stride) % 16 or stride >= 2**31 or INTERPRETED:
+    if (bits | x.data_ptr() | stride) % 16 or stride >= 2**31 or INTERPRETED:
         kernel[grid](*args, num_warps=warps, launch_pdl=pdl)
-        return y
+        return y, rstd_M
     key = (device, x.dtype, dtype, D, R, warps, *constants)
     compiled = _COMPILED.get(key)
     if compiled is None:
         _COMPILED[key] = kernel[grid](*args, num_warps=warps, launch_pdl=pdl)
-    else:
-        compiled[grid](*args)
-    return y
+    else:  # what compiled[grid](*args) does, less a profiler's hooks: unused, a fifth of the call
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        handle = (compiled.function, compiled.packed_metadata)
+        compiled.run(*grid, stream, *handle, None, None, None, *args)
+    return y, rstd_M
 
 
 def rms_norm_forward(
@@ -323,9 +329,8 @@ def rms_norm_forward(
     A row alone wants one warp up to D = 768 and 8 columns a thread above; many rows want 16.
     """
     check_rows(x, weight, casting_mode, row_mode)
-    rstd_M = x.new_empty(0 if inference_mode else x.numel() // x.shape[-1], dtype=torch.float32)
-    stored = None if inference_mode else rstd_M
-    return _forward(x, weight, eps, offset, casting_mode, row_mode, stored), rstd_M
+    y, rstd_M = _forward(x, weight, eps, offset, casting_mode, row_mode, not inference_mode)
+    return y, x.new_empty(0, dtype=torch.float32) if inference_mode else rstd_M
 
 
 def rms_norm_backward(
@@ -368,17 +373,18 @@ class _RMSNorm(torch.autograd.Function):
     """Training mode: the forward stores rstd, the backward uses it."""
 
     @staticmethod
-    def forward(ctx, x_MD, weight, eps, offset, casting_mode):
-        rstd_M = x_MD.new_empty(x_MD.shape[0], dtype=torch.float32)
-        y_MD = _forward(x_MD, weight, eps, offset, casting_mode, None, rstd_M)
-        ctx.save_for_backward(x_MD, weight, rstd_M)
-        ctx.options = {"offset": offset, "casting_mode": casting_mode}
-        return y_MD
+    def forward(ctx, x, weight, settings):  # in one tuple: `apply` inspects every argument
+        y, rstd_M = _forward(x, weight, *settings, None, True)
+        ctx.save_for_backward(x, weight, rstd_M)
+        ctx.settings = settings
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_MD):
-        return *rms_norm_backward(dy_MD, *ctx.saved_tensors, **ctx.options), None, None, None
+    def backward(ctx, dy):
+        _, offset, mode = ctx.settings
+        gradients = rms_norm_backward(dy, *ctx.saved_tensors, offset=offset, casting_mode=mode)
+        return *gradients, None
 
 
 def rms_norm(
@@ -414,9 +420,7 @@ def rms_norm(
             return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
         return rms_norm_reference(x, weight, eps, offset=offset, casting_mode=casting_mode)
     check_rows(x, weight, casting_mode, None)
+    settings = (eps, offset, casting_mode)
     if inference_mode:
-        return _forward(x, weight, eps, offset, casting_mode, None, None)
-    if x.dim() == 2:
-        return _RMSNorm.apply(x, weight, eps, offset, casting_mode)
-    y_MD = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, offset, casting_mode)
-    return y_MD.view(x.shape)
+        return _forward(x, weight, *settings, None, False)[0]
+    return _RMSNorm.apply(x, weight, settings)

@@ -5,10 +5,12 @@ The Triton interpreter's tests run in a process of their own: tests/test_interpr
 
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from draftnorm.kernels import rms_norm as module
 from draftnorm.kernels.rms_norm import (
@@ -166,6 +168,31 @@ def test_inference_mode_compiles_the_store_out(D, many_rows):
     assert set(re.findall(r"\bst\.global\S*", inference)) == {"st.global.v4.b32"}
     # The wait stands before everything that touches memory.
     assert inference.index("griddepcontrol.wait") < inference.index("ld.global")
+
+
+@pytest.mark.skipif(module.INTERPRETED, reason="nothing is compiled")
+def test_a_remembered_kernel_is_launched_as_triton_launches_it(monkeypatch):
+    """Triton's own launch of a compiled kernel passes the same, and a profiler's three hooks."""
+    launches = []
+    compiled = object.__new__(CompiledKernel)
+    compiled.module, compiled.function, compiled.packed_metadata = "module", 7, (4, 1, 0)
+    compiled.name, compiled.src = "kernel", None
+    compiled._run = lambda *args: launches.append(args)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 5))
+    monkeypatch.setattr("triton.runtime.driver", driver)
+    monkeypatch.setattr(module, "_COMPILED", SimpleNamespace(get=lambda key: compiled))
+    monkeypatch.setattr(module, "has_pdl", lambda device: True)
+    x, weight = tensors(3, 64, dtype=torch.bfloat16)
+    for store in (False, True):
+        y, rstd_M = module._forward(x, weight, EPS, 0.0, "llama", None, store)
+        ours = launches.pop()
+        assert ours[9:12] == (y, x, weight)
+        assert ours[12] is rstd_M
+        compiled[3, 1, 1](*ours[9:], stream=5)
+        tritons = launches.pop()
+        assert ours[:6] == tritons[:6] == (3, 1, 1, 5, 7, (4, 1, 0))
+        assert ours[6:9] == (None, None, None)
+        assert len(ours) == len(tritons)
 
 
 # GPU ---------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from draftnorm.kernels.residual_rms_norm import residual_rms_norm_forward
+from draftnorm.kernels.residual_rms_norm import _ResidualRMSNorm, residual_rms_norm_forward
 from draftnorm.kernels.rms_norm import (
     CASTING_MODES,
+    _RMSNorm,
     rms_norm_backward,
     rms_norm_forward,
     rms_norm_reference,
@@ -102,6 +103,34 @@ def test_backward_matches_autograd_in_float64(D):
             assert dweight is None
         else:
             torch.testing.assert_close(dweight.double(), leaves[1].grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])  # True: x has no view of two dimensions
+def test_training_mode_takes_any_leading_shape_and_stride(transposed):
+    """What `rms_norm` and `residual_rms_norm` do with CUDA tensors when autograd records."""
+    (wide, weight), (wide_residual, _) = (tensors(2, 3, 80, seed=seed) for seed in (0, 1))
+    options = {"offset": 1.0, "casting_mode": "gemma"}
+
+    def kernels(x, residual, w):
+        norm = _RMSNorm.apply(x, w, (EPS, *options.values()))
+        return norm, *_ResidualRMSNorm.apply(x, residual, w, EPS, options)
+
+    def definition(x, residual, w):
+        norm, both = (rms_norm_reference(z, w, EPS, **options) for z in (x, x + residual))
+        return norm, both, x + residual
+
+    results = []
+    for function, dtype in ((kernels, torch.float32), (definition, torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (wide, wide_residual, weight[:64].clone())]
+        x, residual = (t[..., 8:72].transpose(0, int(transposed)) for t in leaves[:2])
+        outputs = function(x, residual, leaves[2])
+        assert all(y.shape == x.shape for y in outputs)
+        dys = [tensors(*x.shape, seed=seed)[0].to(dtype) for seed in (2, 3, 4)]
+        gradients = torch.autograd.grad(outputs, leaves, dys)
+        results.append([t.detach().double() for t in (*outputs, *gradients)])
+    for actual, expected in zip(*results, strict=True):
+        # Sums of few fp32 terms: |dy| · (w + offset) · rstd is at most 100.
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_residual_has_the_bits_of_add_then_norm():
