@@ -1,15 +1,20 @@
 """Attention of a decode step over the cache: few query rows, many keys, split by absolute position.
 
 Legend: B sequences (or tree paths), T rows of each, M = B·T rows, H query heads, G key/value heads,
-K head size, S cache slots, R = 16 rows of a tile: rows of one sequence × the heads of one group.
+K head size, S cache slots, R rows of a tile, rows of one sequence × the heads of one group: 8 where
+they suffice, else 16, which are the same instructions twice.
 
-A program handles one split of 512 keys at an absolute multiple for one tile; each of its warps has
-a slab of every block of keys and a running softmax of its own. Keys and values go from their loads
-to the matrix instruction in registers (operands.py), those of the first block before the wait.
-Slabs, then the splits of an aligned group of 16, then groups are joined in a fixed order, and what
-a row does not see adds exact zeros. So its bits depend on its own position, keys and window alone:
-not on the rows beside it, not on how many splits the grid has room for. The last program of a group
-to finish joins it.
+A split is 128 keys at an absolute multiple, from position 1,024 on 512: many short ones where a
+step is short, few parts to join where it is long. A program walks over some neighbouring ones for
+one tile, and leaves a part of each; each of its warps has a slab of every block of keys and a
+running softmax of its own. Keys and values go from their loads to the matrix instruction in
+registers (operands.py), those of the first blocks before the wait. A block's registers are loaded
+again as soon as it is done, and travel as words: of 16-bit numbers that live from one turn of a
+loop to the next the compiler makes pairs anew, at the end of a turn, where it waits for their
+loads. Slabs, then the splits of an aligned group of 8, then groups are joined in a fixed order, and
+what a row does not see adds exact zeros. So its bits depend on its own position, keys and window
+alone: not on the rows beside it, not on how many splits the grid has room for. The last program of
+a group to finish joins it.
 
 A row at position p sees keys max(0, p - window + 1) … p; the new rows' keys are in the cache
 already. Position p lives in slot p or, in a tree, where `path_slots` [B, path length] says: the
@@ -27,226 +32,353 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from draftnorm.kernels.attention import attention_reference
-from draftnorm.kernels.operands import arrive, eights, operand, sum_slabs
+from draftnorm.kernels.operands import arrive, eights, sum_slabs
 
 ROWS = 16
-SPLIT = 512
-GROUP_SPLITS = 16  # splits joined at a time
-BLOCK_S, SLABS = 64, 4  # keys of a block, of which registers hold two; its slabs, one a warp
+SPLIT, LONG_SPLIT = 128, 512  # keys of a split that begins before and after this position
+FINE = 1024
+GROUP_SPLITS = 8  # splits joined at a time
+BLOCK_S, SLABS = 64, 4  # keys of a block; its slabs, one a warp
+PROGRAMS = 288  # that are resident at a time, about
+BUFFERS = {64: 2, 128: 2}  # blocks on their way, by head size; else 1
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 _GROUP_SPLITS: tl.constexpr = tl.constexpr(GROUP_SPLITS)
+_SPLIT: tl.constexpr = tl.constexpr(SPLIT)
+_LONG_SPLIT: tl.constexpr = tl.constexpr(LONG_SPLIT)
+_FINE: tl.constexpr = tl.constexpr(FINE)
+_LOWEST: tl.constexpr = tl.constexpr(-1e38)  # maximum of nothing: finite, so no difference is NaN
 
 
 @triton.jit
-def _rescale(new_max, old_max):
-    """exp2(old - new), 0 where nothing was seen yet (both may be -inf)."""
-    return tl.where(old_max == float("-inf"), 0.0, tl.exp2(old_max - new_max))
+def _split_of(key):
+    """The split that a position is in."""
+    return tl.where(key < _FINE, key // _SPLIT, _FINE // _SPLIT + (key - _FINE) // _LONG_SPLIT)
 
 
 @triton.jit
-def _queries(r, tile, b, T, group, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr, H: tl.constexpr):
+def _first_of(split):
+    """The position at which a split begins."""
+    beyond = split - _FINE // _SPLIT
+    return tl.where(beyond < 0, split * _SPLIT, _FINE + beyond * _LONG_SPLIT)
+
+
+@triton.jit
+def _queries(
+    r, tile, b, T, group, R: tl.constexpr, HEADS: tl.constexpr, HEAD_TILES: tl.constexpr,
+    H: tl.constexpr,
+):  # fmt: skip
     """Of the rows r of a tile: which rows of the step they are, which lines of q, and if any."""
-    HEADS_IN_TILE: tl.constexpr = min(HEADS, _ROWS)
-    ROWS_IN_TILE: tl.constexpr = _ROWS // HEADS_IN_TILE
+    HEADS_IN_TILE: tl.constexpr = min(HEADS, R)
+    ROWS_IN_TILE: tl.constexpr = R // HEADS_IN_TILE
     t = tile * ROWS_IN_TILE + r // HEADS_IN_TILE
-    head = tl.program_id(1) % HEAD_TILES * _ROWS + r % HEADS_IN_TILE
+    head = tl.program_id(1) % HEAD_TILES * R + r % HEADS_IN_TILE
     ok = (r < ROWS_IN_TILE * HEADS_IN_TILE) & (t < T) & (head < HEADS)
     row = (b * T + t).to(tl.int64)
     return row, row * H + group * HEADS + head, ok
 
 
 @triton.jit
-def _load_lines(ptr, base, s, begin, end, dim, path, K: tl.constexpr):
-    """Keys or values at those positions s that are in begin … end - 1, zeros at the others."""
-    slot = s
+def _load_lines(ptr, s, last, live, dim, path, K: tl.constexpr, DIM_OK: tl.constexpr):
+    """Keys or values at positions s, the last one's at those past it; anything if not live."""
+    s = tl.maximum(tl.minimum(s, last), 0)
     slots_ptr, start_ptr, length, b = path
     if slots_ptr is not None:
         step = s - tl.load(start_ptr + b)
         on_path = (step >= 0) & (step < length)
-        slot = tl.load(slots_ptr + b * length + step, mask=on_path, other=0)
-        slot = tl.where(step >= 0, slot, s)
-    mask = (s >= begin) & (s < end) & (dim < K)
-    return tl.load(ptr + base + slot.to(tl.int64) * K + dim, mask=mask, other=0.0)
+        slot = tl.load(slots_ptr + b * length + step, mask=on_path & live, other=0)
+        s = tl.where(step >= 0, slot, s)
+    if DIM_OK:
+        return tl.load(ptr + (s * K + dim), mask=live)
+    return tl.load(ptr + (s * K + dim), mask=live & (dim < K), other=0)
+
+
+@triton.jit
+def _load_block(start, last, live, places, K: tl.constexpr, FULL: tl.constexpr):
+    """The block of keys and values that begins at a position, as words of two numbers."""
+    key_ptr, value_ptr, s_K, dim_K, s_V, dim_V, path = places
+    k = _load_lines(key_ptr, start + s_K, last, live, dim_K, path, K // 2, FULL)
+    return k, _load_lines(value_ptr, start + s_V, last, live, dim_V, path, K // 2, FULL)
+
+
+@triton.jit
+def _wide(x, LINES: tl.constexpr, C: tl.constexpr, L: tl.constexpr):
+    """Lines of [8, L, C, lines / 8, 32] as [L, lines, 32 C], columns permuted within each 32."""
+    x = tl.reshape(x, [8, L, C, LINES // 8, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(x, (1, 3, 0, 2, 6, 4, 5, 7)), [L, LINES, C * 32])
+
+
+@triton.jit
+def _halves(word, SHIFT: tl.constexpr, dtype: tl.constexpr):
+    """The lower or the higher number in each word."""
+    half: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
+    return (word >> SHIFT).to(half).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _keys(word, dtype: tl.constexpr):
+    """Keys as the kernel loads them, [L, N, K]."""
+    L: tl.constexpr = word.shape[1]
+    C: tl.constexpr = word.shape[2]
+    N: tl.constexpr = 8 * word.shape[3]
+    x = tl.join(_halves(word, 0, dtype), _halves(word, dtype.primitive_bitwidth, dtype))
+    return _wide(x, N, C, L)
+
+
+@triton.jit
+def _values(word, SHIFT: tl.constexpr, dtype: tl.constexpr):
+    """Even or odd dimensions of values as the kernel loads them, the left operand [L, K / 2, N]."""
+    L: tl.constexpr = word.shape[2]
+    N: tl.constexpr = 4 * word.shape[3]
+    D: tl.constexpr = word.shape[4]
+    v = tl.reshape(_halves(word, SHIFT, dtype), [4, 8, L, N // 8, 2, D, 4])
+    return tl.reshape(tl.permute(v, (2, 5, 6, 1, 3, 0, 4)), [L, D * 32, N])
 
 
 @triton.jit
 def _attend(
-    q_LRK, k_LNK, v_LNK, s_LN, position_R, scale, acc_LRK, max_LR, sum_LR, WINDOW: tl.constexpr
-):
+    q_LQK, k, v, s_LN, position_R, scale, even_LDR, odd_LDR, max_LR, sum_LR4, dtype: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
     """One block of keys into the running softmax of each slab: nothing leaves its warp."""
-    scores = tl.dot(q_LRK, tl.permute(k_LNK, (0, 2, 1)), input_precision="ieee") * scale
+    L: tl.constexpr = max_LR.shape[0]
+    R: tl.constexpr = max_LR.shape[1]
+    N: tl.constexpr = s_LN.shape[1]
+    k_LNK = _keys(k, dtype)
+    scores = tl.dot(q_LQK, tl.permute(k_LNK, (0, 2, 1)), input_precision="ieee")
+    if R < _ROWS:  # the instruction has 16 rows; those that are padding are zeros
+        scores = tl.sum(tl.reshape(scores, [L, _ROWS // R, R, N]), axis=1)
     seen = s_LN[:, None, :] <= position_R[None, :, None]
     if WINDOW > 0:
         seen &= s_LN[:, None, :] > position_R[None, :, None] - WINDOW
     scores = tl.where(seen, scores, float("-inf"))
     new_max = tl.maximum(max_LR, tl.max(scores, axis=2))
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf is NaN
-    p = tl.exp2(scores - shift[:, :, None])
-    keep = _rescale(shift, max_LR)
-    acc_LRK = acc_LRK * keep[:, :, None]
-    acc_LRK = tl.dot(p.to(v_LNK.dtype), v_LNK, acc_LRK, input_precision="ieee")
-    return acc_LRK, new_max, sum_LR * keep + tl.sum(p, axis=2)
+    shift = new_max * scale
+    p = tl.exp2(tl.fma(scores, scale, -shift[:, :, None]))
+    keep = tl.exp2((max_LR - new_max) * scale)  # exactly 1 if the maximum stays
+    p_LNR = tl.permute(p.to(dtype), (0, 2, 1))
+    even = _values(v, 0, dtype)
+    odd = _values(v, dtype.primitive_bitwidth, dtype)
+    even_LDR = tl.dot(even, p_LNR, even_LDR * keep[:, None, :], input_precision="ieee")
+    odd_LDR = tl.dot(odd, p_LNR, odd_LDR * keep[:, None, :], input_precision="ieee")
+    p = tl.reshape(p, [L, R, N // 8, 4, 2])
+    sum_LR4 = tl.fma(sum_LR4, keep[:, :, None], tl.sum(tl.sum(p, axis=4), axis=2))
+    return even_LDR, odd_LDR, new_max, sum_LR4
 
 
 @triton.jit
-def _store_part(acc_ptr, extremes_ptr, part, acc_RK, max_R, sum_R, row_ok, dim, K: tl.constexpr):
-    """Leave one part of a tile for the program that joins: acc [16, K], maximum and sum [2, 16]."""
-    r = tl.arange(0, _ROWS)
-    place = acc_ptr + (part * _ROWS + r)[:, None] * K + dim[None, :]
-    tl.store(place, acc_RK, mask=row_ok[:, None] & (dim < K)[None, :])
-    tl.store(extremes_ptr + part * (2 * _ROWS) + r, max_R)
-    tl.store(extremes_ptr + part * (2 * _ROWS) + _ROWS + r, sum_R)
+def _max_slabs(max_LR, L: tl.constexpr, R: tl.constexpr):
+    m = tl.permute(max_LR, (1, 0))
+    for level in tl.static_range(L.bit_length() - 1):
+        left, right = tl.split(tl.reshape(m, [R, L >> (level + 1), 2]))
+        m = tl.maximum(left, right)
+    return tl.reshape(m, [R])
 
 
 @triton.jit
-def _join(acc_ptr, extremes_ptr, first, last, row_ok, dim, K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Join parts first … last, an aligned block of four at a time, so that their loads overlap."""
-    r = tl.arange(0, _ROWS)
-    max_R = tl.full([_ROWS], float("-inf"), tl.float32)
-    sum_R = tl.zeros([_ROWS], tl.float32)
-    acc_RK = tl.zeros([_ROWS, BLOCK_D], tl.float32)
+def _join_slabs(
+    even_LDR, odd_LDR, max_LR, scale, sum_LR4, L: tl.constexpr, R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The slabs of a split as one part: acc [R, K / 4, 4], maximum and sum [R]."""
+    acc = tl.reshape(tl.join(even_LDR, odd_LDR), [L, BLOCK_D // 64, 4, 8, R, 2])
+    acc_LRK = tl.reshape(tl.permute(acc, (0, 4, 1, 3, 2, 5)), [L, R, BLOCK_D])
+    max_R = _max_slabs(max_LR, L, R)
+    # Explicit products: whether the compiler fuses them into the sums may differ from R to R.
+    weight_LR = tl.exp2((max_LR - max_R[None, :]) * scale)
+    sum_LR = tl.fma(tl.sum(sum_LR4, axis=2), weight_LR, 0.0)
+    sum_R = tl.reshape(sum_slabs(sum_LR[:, :, None], L, R, 1), [R])
+    acc_RK = sum_slabs(tl.fma(acc_LRK, weight_LR[:, :, None], 0.0), L, R, BLOCK_D)
+    return tl.reshape(acc_RK, [R, BLOCK_D // 4, 4]), max_R * scale, sum_R
+
+
+@triton.jit
+def _store_part(
+    acc_ptr, extremes_ptr, part, acc_RDE, max_R, sum_R, mask, dim, R: tl.constexpr, K: tl.constexpr
+):
+    """Leave one part of a tile for the program that joins: acc [16, K], maximum and sum [16, 2]."""
+    r = tl.arange(0, R)
+    tl.store(acc_ptr + ((r + part * R)[:, None, None] * K + dim), acc_RDE, mask=mask)
+    tl.store(extremes_ptr + (r + part * R) * 2, max_R)
+    tl.store(extremes_ptr + (r + part * R) * 2 + 1, sum_R)
+
+
+@triton.jit
+def _join(
+    acc_ptr, extremes_ptr, first, last, mask, dim, R: tl.constexpr, K: tl.constexpr, D: tl.constexpr
+):
+    """Join parts first … last in order, an aligned four at a time, so that their loads overlap."""
+    r = tl.arange(0, R)[:, None, None]
+    max_R = tl.full([R, 1, 1], _LOWEST, tl.float32)
+    sum_R = tl.zeros([R, 1, 1], tl.float32)
+    acc_RDE = tl.zeros([R, D, 4], tl.float32)
     for start in range(first // 4 * 4, last + 1, 4):
-        # A part that is not there weighs exp2(-inf) = 0 and adds exact zeros.
-        # .cg: other programs wrote these, so this one's L1 must not answer.
-        part = start + tl.arange(0, 4)
-        live = ((part >= first) & (part <= last))[:, None]
-        extremes = extremes_ptr + part[:, None] * (2 * _ROWS) + r[None, :]
-        max_PR = tl.load(extremes, mask=live, other=float("-inf"), cache_modifier=".cg")
-        sum_PR = tl.load(extremes + _ROWS, mask=live, other=0.0, cache_modifier=".cg")
-        place = acc_ptr + (part[:, None] * _ROWS + r[None, :])[:, :, None] * K + dim[None, None, :]
-        mask = (live & row_ok[None, :])[:, :, None] & (dim < K)[None, None, :]
-        acc_PRK = tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
-        new_max = tl.maximum(max_R, tl.max(max_PR, axis=0))
-        weight_PR, keep_R = _rescale(new_max[None, :], max_PR), _rescale(new_max, max_R)
-        sum_R = sum_R * keep_R + tl.sum(sum_PR * weight_PR, axis=0)
-        joined_RK = sum_slabs(acc_PRK * weight_PR[:, :, None], 4, _ROWS, BLOCK_D)
-        acc_RK = acc_RK * keep_R[:, None] + joined_RK
-        max_R = new_max
-    return acc_RK, max_R, sum_R
+        for i in tl.static_range(4):
+            # A part that is not there weighs exp2(lowest) = 0 and adds exact zeros.
+            # .cg: other programs wrote these, so this one's L1 must not answer.
+            part = start + i
+            live = (part >= first) & (part <= last)
+            place = extremes_ptr + (r + part * R) * 2
+            part_max = tl.load(place, mask=live, other=_LOWEST, cache_modifier=".cg")
+            part_sum = tl.load(place + 1, mask=live, other=0.0, cache_modifier=".cg")
+            place = acc_ptr + ((r + part * R) * K + dim)
+            part_acc = tl.load(place, mask=mask & live, other=0.0, cache_modifier=".cg")
+            new_max = tl.maximum(max_R, part_max)
+            keep, weight = tl.exp2(max_R - new_max), tl.exp2(part_max - new_max)
+            sum_R = tl.fma(part_sum, weight, sum_R * keep)
+            acc_RDE = tl.fma(part_acc, weight, acc_RDE * keep)
+            max_R = new_max
+    return acc_RDE, tl.reshape(max_R, [R]), tl.reshape(sum_R, [R])
 
 
 @triton.jit
-def _store_out(out_ptrs, acc_RK, sum_R, mask):
-    out_RK = acc_RK / tl.where(sum_R == 0.0, 1.0, sum_R)[:, None]
-    tl.store(out_ptrs, out_RK.to(out_ptrs.dtype.element_ty), mask=mask)
+def _store_out(out_ptrs, acc_RDE, sum_R, mask):
+    out = acc_RDE / tl.where(sum_R == 0.0, 1.0, sum_R)[:, None, None]
+    tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "S", "sequence_lines", "path_length", "scale"])
+@triton.jit(
+    do_not_specialize=["T", "S", "sequence_lines", "path_length", "scale", "splits", "walk"]
+)
 def _decode_attention_kernel(
     out_ptr, q_ptr, key_ptr, value_ptr, position_ptr, T, S, sequence_lines, scale,
-    path_slots_ptr, path_start_ptr, path_length,
+    splits, walk, path_slots_ptr, path_start_ptr, path_length,
     acc_ptr, extremes_ptr, ticket_ptr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, L: tl.constexpr,
-    PDL: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, L: tl.constexpr,
+    BUFFERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     HEADS: tl.constexpr = H // G
-    HEAD_TILES: tl.constexpr = (HEADS + _ROWS - 1) // _ROWS
-    row_tiles = tl.cdiv(T, _ROWS // min(HEADS, _ROWS))
+    HEAD_TILES: tl.constexpr = (HEADS + R - 1) // R
+    row_tiles = tl.cdiv(T, R // min(HEADS, R))
     b, tile = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
     group = tl.program_id(1) // HEAD_TILES
-    split, splits = tl.program_id(2), tl.num_programs(2)
-    r, dim = tl.arange(0, _ROWS), tl.arange(0, BLOCK_D)
-    row, line_R, row_ok = _queries(r, tile, b, T, group, HEADS, HEAD_TILES, H)
+    r = tl.arange(0, R)
+    row, line_R, row_ok = _queries(r, tile, b, T, group, R, HEADS, HEAD_TILES, H)
     base = (b.to(tl.int64) * sequence_lines + group * S) * K
+    key_ptr += base
+    value_ptr += base
 
     # What kernels before the last one wrote may be read before the wait: the last one has waited
     # for them before it let this one start. So positions, and keys of earlier steps.
     position_R = tl.load(position_ptr + row, mask=row_ok, other=-1)
     begin = tl.load(position_ptr + b * T)  # from here on keys are the last kernel's
     last_key = tl.max(position_R)
-    last_split = last_key // SPLIT
+    last_split = _split_of(last_key)
     first_split = 0
     if WINDOW > 0:
         first_seen = tl.min(tl.where(row_ok, position_R, last_key)) - WINDOW + 1
-        first_split = tl.maximum(first_seen, 0) // SPLIT
-    end = tl.minimum(split * SPLIT + SPLIT, last_key + 1)
+        first_split = _split_of(tl.maximum(first_seen, 0))
+    # This program walks over `walk` splits, and its loads run ahead across their borders.
+    first = tl.maximum(tl.program_id(2) * walk, first_split)
+    last = tl.minimum(tl.program_id(2) * walk + walk - 1, last_split)
+    first_key = _first_of(first)
+    stop = tl.minimum(_first_of(last + 1), last_key + 1)
 
     # A block is L slabs of N neighbours, one slab a warp. Operands are loaded where the matrix
-    # instruction wants them, as in a projection: keys by `operand`; of the values a thread takes
+    # instruction wants them, as in a projection: keys by `_wide`; of the values a thread takes
     # 8 neighbouring dimensions of every key whose weight it will hold.
     N: tl.constexpr = BLOCK_S // L
     C: tl.constexpr = BLOCK_D // 32
     D: tl.constexpr = BLOCK_D // 64
-    slab = tl.arange(0, L)[None, :, None, None, None] * N + split * SPLIT
+    slab = tl.arange(0, L)[None, :, None, None, None] * N
     s_K = slab + eights(N)
     dim_K = (tl.arange(0, C)[:, None] * 32 + tl.arange(0, 32)[None, :])[None, None, :, None, :]
-    pair = tl.arange(0, 4)[:, None] * 2 + tl.arange(0, N // 4)[None, :] % 2
-    s_V = slab + (pair + tl.arange(0, N // 4)[None, :] // 2 * 8)[:, None, :, None, None]
-    dim_V = (tl.arange(0, D)[:, None] * 64 + tl.arange(0, 64)[None, :])[None, None, None, :, :]
-    old = tl.minimum(end, begin)
+    word_K = (tl.arange(0, C)[:, None] * 16 + tl.arange(0, 16)[None, :])[None, None, :, None, :]
+    # [4, 8, L, N / 4, D, 4]: four threads take four pairs of keys, eight times four the dimensions.
+    of_thread = tl.arange(0, N // 4)[None, :] // 2 * 8 + tl.arange(0, N // 4)[None, :] % 2
+    of_thread += tl.arange(0, 4)[:, None] * 2
+    s_V = of_thread[:, None, None, :, None, None]
+    s_V += tl.arange(0, L)[None, None, :, None, None, None] * N
+    dim_V = (tl.arange(0, D) * 32)[None, None, None, None, :, None]
+    dim_V += (tl.arange(0, 8)[:, None] * 4 + tl.arange(0, 4)[None, :])[None, :, None, None, None, :]
+    FULL: tl.constexpr = K == BLOCK_D
+    dtype: tl.constexpr = value_ptr.dtype.element_ty
+    word: tl.constexpr = tl.int32 if dtype.primitive_bitwidth == 16 else tl.int64
+    key_ptr = key_ptr.to(tl.pointer_type(word), bitcast=True)
+    value_ptr = value_ptr.to(tl.pointer_type(word), bitcast=True)
     path = (path_slots_ptr, path_start_ptr, path_length, b)
-    k = _load_lines(key_ptr, base, s_K, 0, old, dim_K, path, K)
-    v = _load_lines(value_ptr, base, s_V, 0, old, dim_V, path, K)
+    places = (key_ptr, value_ptr, s_K, word_K, s_V, dim_V, path)
+    old = tl.minimum(stop, begin) - 1
+    second = first_key + BLOCK_S
+    k0, v0 = _load_block(first_key, old, first_key <= old, places, K, FULL)
+    if BUFFERS == 2:
+        k1, v1 = _load_block(second, old, second <= old, places, K, FULL)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
 
-    if (split < first_split) | (split > last_split):
+    if first > last:
         return
-    _, line_Q, ok_Q = _queries(eights(_ROWS), tile, b, T, group, HEADS, HEAD_TILES, H)
+    _, line_Q, ok_Q = _queries(eights(_ROWS), tile, b, T, group, R, HEADS, HEAD_TILES, H)
     place_Q = tl.broadcast_to(line_Q * K + dim_K, [8, L, C, _ROWS // 8, 32])
     q = tl.load(q_ptr + place_Q, mask=ok_Q & (dim_K < K), other=0.0)
-    if begin < tl.minimum(end, split * SPLIT + BLOCK_S):  # the first block has new keys
-        new_k = _load_lines(key_ptr, base, s_K, begin, end, dim_K, path, K)
-        new_v = _load_lines(value_ptr, base, s_V, begin, end, dim_V, path, K)
-        k, v = tl.where(s_K < begin, k, new_k), tl.where(s_V < begin, v, new_v)
+    if begin < tl.minimum(stop, first_key + BUFFERS * BLOCK_S):  # some of them are new
+        k0, v0 = _load_block(first_key, stop - 1, True, places, K, FULL)
+        if BUFFERS == 2:
+            k1, v1 = _load_block(second, stop - 1, second < stop, places, K, FULL)
 
-    q_LRK = operand(q, _ROWS, BLOCK_D * L, L)
-    max_LR = tl.full([L, _ROWS], float("-inf"), tl.float32)
-    sum_LR = tl.zeros([L, _ROWS], tl.float32)
-    acc_LRK = tl.zeros([L, _ROWS, BLOCK_D], tl.float32)
+    q_LQK = _wide(q, _ROWS, C, L)
     s_LN = tl.arange(0, L)[:, None] * N + tl.arange(0, N)[None, :]
-    for start in tl.range(split * SPLIT, end, BLOCK_S, num_stages=1):
-        ahead = start - split * SPLIT + BLOCK_S
-        next_k = _load_lines(key_ptr, base, s_K + ahead, 0, end, dim_K, path, K)
-        next_v = _load_lines(value_ptr, base, s_V + ahead, 0, end, dim_V, path, K)
-        k_LNK = operand(k, N, BLOCK_D * L, L)
-        v = tl.reshape(v, [4, L, N // 8, 2, D, 8, 8])
-        v_LNK = tl.reshape(tl.permute(v, (1, 2, 0, 3, 4, 6, 5)), [L, N, BLOCK_D])
-        acc_LRK, max_LR, sum_LR = _attend(
-            q_LRK, k_LNK, v_LNK, start + s_LN, position_R, scale, acc_LRK, max_LR, sum_LR, WINDOW
-        )
-        k, v = next_k, next_v
-    acc_LRK = tl.permute(tl.reshape(acc_LRK, [L, _ROWS, D, 8, 8]), (0, 1, 2, 4, 3))
-    acc_LRK = tl.reshape(acc_LRK, [L, _ROWS, BLOCK_D])
-
-    max_R = tl.max(max_LR, axis=0)
-    weight_LR = _rescale(max_R[None, :], max_LR)
-    sum_R = tl.sum(sum_LR * weight_LR, axis=0)
-    acc_RK = sum_slabs(acc_LRK * weight_LR[:, :, None], L, _ROWS, BLOCK_D)
-
-    out_ptr += line_R[:, None] * K + dim[None, :]
-    out_mask = row_ok[:, None] & (dim < K)[None, :]
-    if first_split == last_split:
-        _store_out(out_ptr, acc_RK, sum_R, out_mask)
-        return
-    # Join the splits of a group, then the groups.
+    dim = tl.arange(0, BLOCK_D // 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    out_ptr += line_R[:, None, None] * K + dim
+    mask = row_ok[:, None, None] & (dim < K)
     line = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     groups = tl.cdiv(splits, _GROUP_SPLITS)
-    acc_ptr += line.to(tl.int64) * (splits + groups) * _ROWS * K
-    extremes_ptr += line.to(tl.int64) * (splits + groups) * 2 * _ROWS
+    acc_ptr += line.to(tl.int64) * (splits + groups) * R * K
+    extremes_ptr += line.to(tl.int64) * (splits + groups) * 2 * R
     ticket_ptr += line * (groups + 1)
-    my_group = split // _GROUP_SPLITS
-    first = tl.maximum(first_split, my_group * _GROUP_SPLITS)
-    last = tl.minimum(last_split, my_group * _GROUP_SPLITS + _GROUP_SPLITS - 1)
-    _store_part(acc_ptr, extremes_ptr, split, acc_RK, max_R, sum_R, row_ok, dim, K)
-    if arrive(ticket_ptr + my_group) != last - first:
-        return
-    tl.store(ticket_ptr + my_group, 0)
-    acc_RK, max_R, sum_R = _join(acc_ptr, extremes_ptr, first, last, row_ok, dim, K, BLOCK_D)
-    first, last = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
-    if first == last:
-        _store_out(out_ptr, acc_RK, sum_R, out_mask)
-        return
-    acc_ptr += splits * _ROWS * K
-    extremes_ptr += splits * 2 * _ROWS
-    _store_part(acc_ptr, extremes_ptr, my_group, acc_RK, max_R, sum_R, row_ok, dim, K)
-    if arrive(ticket_ptr + groups) != last - first:
-        return
-    tl.store(ticket_ptr + groups, 0)
-    acc_RK, max_R, sum_R = _join(acc_ptr, extremes_ptr, first, last, row_ok, dim, K, BLOCK_D)
-    _store_out(out_ptr, acc_RK, sum_R, out_mask)
+    for split in range(first, last + 1):
+        max_LR = tl.full([L, R], _LOWEST, tl.float32)
+        sum_LR4 = tl.zeros([L, R, 4], tl.float32)
+        even_LDR = tl.zeros([L, BLOCK_D // 2, R], tl.float32)
+        odd_LDR = tl.zeros([L, BLOCK_D // 2, R], tl.float32)
+        end = tl.minimum(_first_of(split + 1), stop)
+        for start in tl.range(_first_of(split), end, BUFFERS * BLOCK_S, num_stages=1):
+            even_LDR, odd_LDR, max_LR, sum_LR4 = _attend(
+                q_LQK, k0, v0, start + s_LN, position_R, scale, even_LDR, odd_LDR, max_LR,
+                sum_LR4, dtype, WINDOW,
+            )  # fmt: skip
+            ahead = start + BUFFERS * BLOCK_S
+            k0, v0 = _load_block(ahead, stop - 1, ahead < stop, places, K, FULL)
+            if BUFFERS == 2:
+                if start + BLOCK_S < end:
+                    even_LDR, odd_LDR, max_LR, sum_LR4 = _attend(
+                        q_LQK, k1, v1, start + BLOCK_S + s_LN, position_R, scale, even_LDR,
+                        odd_LDR, max_LR, sum_LR4, dtype, WINDOW,
+                    )  # fmt: skip
+                ahead += BLOCK_S
+                k1, v1 = _load_block(ahead, stop - 1, ahead < stop, places, K, FULL)
+        acc_RDE, max_R, sum_R = _join_slabs(
+            even_LDR, odd_LDR, max_LR, scale, sum_LR4, L, R, BLOCK_D
+        )
+        if first_split == last_split:
+            _store_out(out_ptr, acc_RDE, sum_R, mask)
+        else:
+            _store_part(acc_ptr, extremes_ptr, split, acc_RDE, max_R, sum_R, mask, dim, R, K)
+    if first_split < last_split:
+        # Join the splits of a group, then the groups.
+        my_group = first // _GROUP_SPLITS
+        begin_group = tl.maximum(first_split, my_group * _GROUP_SPLITS)
+        end_group = tl.minimum(last_split, my_group * _GROUP_SPLITS + _GROUP_SPLITS - 1)
+        mine = last - first + 1
+        if arrive(ticket_ptr + my_group, mine) + mine == end_group - begin_group + 1:
+            tl.store(ticket_ptr + my_group, 0)
+            acc_RDE, max_R, sum_R = _join(
+                acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, R, K, BLOCK_D // 4
+            )
+            begin_group, end_group = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
+            if begin_group == end_group:
+                _store_out(out_ptr, acc_RDE, sum_R, mask)
+            else:
+                acc_ptr += splits * R * K
+                extremes_ptr += splits * 2 * R
+                _store_part(acc_ptr, extremes_ptr, my_group, acc_RDE, max_R, sum_R, mask, dim, R, K)
+                if arrive(ticket_ptr + groups, 1) == end_group - begin_group:
+                    tl.store(ticket_ptr + groups, 0)
+                    acc_RDE, max_R, sum_R = _join(
+                        acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, R, K, BLOCK_D // 4
+                    )
+                    _store_out(out_ptr, acc_RDE, sum_R, mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,6 +388,11 @@ class AttentionWorkspace:
     acc: Tensor
     extremes: Tensor
     tickets: Tensor
+
+
+def count_splits(length: int) -> int:
+    """Splits that the first `length` positions lie in."""
+    return -(-min(length, FINE) // SPLIT) - (min(FINE - length, 0) // LONG_SPLIT)
 
 
 def workspace_sizes(
@@ -292,18 +429,24 @@ def decode_attention(
     """Attend from `rows` new tokens of each sequence to its cache [B, G, S, K], into `out_MHK`.
 
     `positions_M` int32: rows of one sequence are neighbours, in order of position. `splits` is the
-    room of the grid, ceil((largest position + 1) / SPLIT) or more. With `path_slots` int32 [B, N]
+    room of the grid, count_splits(largest position + 1) or more. With `path_slots` int32 [B, N]
     and `path_start` int32 [B], B paths share the cache of one sequence. Nothing is allocated.
     """
     _, H, K = q_MHK.shape
     _, G, S, _ = keys.shape
     sequences = len(path_start) if path_start is not None else keys.shape[0]
-    _decode_attention_kernel[(*_tiles(sequences, rows, H, G), splits)](
+    tiles = _tiles(sequences, rows, H, G)
+    walk = 1
+    while walk < GROUP_SPLITS and math.prod(tiles) * triton.cdiv(splits, walk) > PROGRAMS:
+        walk *= 2
+    R = 8 if rows * min(H // G, ROWS) <= 8 else ROWS
+    BLOCK_D = max(triton.next_power_of_2(K), 64)
+    _decode_attention_kernel[(*tiles, triton.cdiv(splits, walk))](
         out_MHK, q_MHK, keys, values, positions_M, rows, S,
         0 if path_start is not None else G * S, K**-0.5 * math.log2(math.e),
-        path_slots, path_start, path_slots.shape[1] if path_slots is not None else 0,
+        splits, walk, path_slots, path_start, path_slots.shape[1] if path_slots is not None else 0,
         workspace.acc, workspace.extremes, workspace.tickets,
-        H, G, K, window or 0, max(triton.next_power_of_2(K), 64), SPLIT, BLOCK_S, SLABS,
+        H, G, K, R, window or 0, BLOCK_D, BLOCK_S, SLABS, BUFFERS.get(BLOCK_D, 1),
         num_warps=SLABS, **pdl,
     )  # fmt: skip
 

@@ -73,7 +73,7 @@ def sum_slabs(acc_LWR, L: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def arrive(ticket_ptr):
-    """How many programs have left their part of a sum before this one: the last one joins them."""
+def arrive(ticket_ptr, parts=1):
+    """How many parts of a sum were left before this program's: the last one joins them."""
     tl.debug_barrier()  # every thread's share is written before the ticket says so
-    return tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
+    return tl.atomic_add(ticket_ptr, parts, sem="acq_rel")

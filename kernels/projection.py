@@ -201,6 +201,10 @@ def _projection_kernel(
             line = EARLY + tl.arange(0, PREFETCH) * LINE
             lines = weight_ptr + n_W.to(tl.int64)[:, None] * K + line[None, :]
             prefetch_l2(tl.where(n_ok[:, None] & (line < K)[None, :], lines, weight_ptr))
+        # Programs that hold all of K are small: the next kernel's find room beside them, and fetch
+        # their weights meanwhile. Not attention, which reads what this one must have waited for.
+        if EARLY >= K and EPILOGUE != "rotary":
+            gdc_launch_dependents()
         gdc_wait()
         gdc_launch_dependents()
 
@@ -341,6 +345,7 @@ class Tiling:
     block_k: int = 16  # columns of a block of the loop over the rest of K
     warps: int = 4
     stages: int = 4
+    registers: int | None = None  # a thread may have, so that the kernel before leaves enough
     prefetch: int = 0  # 128-byte lines of each weight row asked for before the wait, beyond `early`
 
     @classmethod
@@ -397,11 +402,15 @@ def choose_tiling(
     """The measured rule (NOTES.md): all of K at once where it fits, else blocks in a pipeline."""
     if head_norm:  # a tile is a whole head, too much for a block of all of K
         return Tiling(rows=64, slabs=1, block_k=128)
-    if (K <= 2048 and N * K <= 1 << 23) or (K <= 1024 and not expert):
-        rows = 16 if epilogue == "residual" else 32
-        return Tiling.whole(K, rows=rows, slabs=4 if rows * K <= 1 << 15 else 8)
     if N < 64 and not expert and K <= 4096:
-        return Tiling.whole(K, rows=16, slabs=16)
+        return Tiling.whole(K, rows=16, slabs=16 if K > 1024 else 4)
+    if (K <= 2048 and N * K <= 1 << 23) or (K <= 1024 and not expert):
+        if N < 3072:  # few programs, so that four warps may hold eight slabs: shorter sums
+            slabs = 8 if K > 512 else 4
+            return Tiling.whole(K, rows=32 if K > 2 * N else 16, slabs=slabs, warps=4)
+        return Tiling.whole(K, rows=32, slabs=4 if K <= 1024 else 8)
+    if epilogue == "argmax":
+        return Tiling(rows=64, slabs=1, block_k=128, stages=5)
     if N >= 8192:
         return Tiling(rows=64, slabs=1, block_k=128, prefetch=2)
     if expert:
@@ -409,8 +418,8 @@ def choose_tiling(
     if N >= 4096 and epilogue == "residual":
         return Tiling(rows=32, slabs=8, early=(512, 0), block_k=512, warps=8)
     if N >= 4096:
-        return Tiling(rows=32, slabs=4, early=(512, 0), block_k=256)
-    return Tiling(rows=16, slabs=8, early=(512, 0), block_k=512, warps=8, stages=6, prefetch=16)
+        return Tiling(rows=64, slabs=1, block_k=128, stages=8)
+    return Tiling(rows=16, slabs=8, early=(512, 0), block_k=512, warps=4, stages=6, prefetch=16)
 
 
 def project(
@@ -471,5 +480,5 @@ def project(
         N, K, epilogue, pairs, heads, kv_heads,
         R, tile, *tiling.early, tiling.block_k, tiling.slabs, tiling.stages, tiling.prefetch,
         norm_levels(K), combine,
-        num_warps=tiling.warps, **pdl,
+        num_warps=tiling.warps, maxnreg=tiling.registers, **pdl,
     )  # fmt: skip

@@ -30,6 +30,7 @@ from draftnorm.kernels.compilation import OutOfResources, Progress, compile_kern
 from draftnorm.kernels.decode_attention import (
     SPLIT,
     AttentionWorkspace,
+    count_splits,
     decode_attention,
     workspace_sizes,
 )
@@ -324,8 +325,8 @@ class DecodeStep:
 
     def _tier(self, length: int) -> int:
         """Splits of attention's grid for a context of `length`: a power of two, or all."""
-        splits, most = -(-length // SPLIT), -(-self.cache.capacity // SPLIT)
-        return min(max(1 << (splits - 1).bit_length(), 2), most)
+        splits, most = count_splits(length), count_splits(self.cache.capacity)
+        return min(max(1 << (splits - 1).bit_length(), 4), most)
 
     def _tiers(self, lengths: range) -> list[int]:
         """All tiers that contexts of these lengths need."""

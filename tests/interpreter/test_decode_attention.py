@@ -5,9 +5,10 @@ import torch
 from decode_support import NO_PDL, assert_close, needs_run_time_loops, random
 from torch import Tensor
 
+from draftnorm.kernels import decode_attention as decode_attention_module
 from draftnorm.kernels.decode_attention import (
-    SPLIT,
     AttentionWorkspace,
+    count_splits,
     decode_attention,
     decode_attention_reference,
     workspace_sizes,
@@ -39,17 +40,29 @@ def cache(B: int, G: int, S: int, K: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("window", [None, 3, 250, 600])
-@pytest.mark.parametrize("start", [0, 62, 254, 510, 511, 1030])
+@pytest.mark.parametrize("start", [0, 62, 126, 254, 510, 1021, 1534])
 def test_matches_float64_at_split_borders(start: int, window: int | None) -> None:
-    T, H, G, K, S = 4, 6, 2, 16, 1090
+    T, H, G, K, S = 4, 6, 2, 16, 1590
     keys, values = cache(1, G, S, K)
     keys[:, :, start + T :], values[:, :, start + T :] = torch.nan, torch.nan  # never written
     q = random(T, H, K)
-    out = attend(q, keys, values, [start], T, 3, window=window)
+    out = attend(q, keys, values, [start], T, count_splits(S), window=window)
     expected = decode_attention_reference(
         q.double(), keys.double(), values.double(), [start], rows=T, window=window
     )
     assert_close(out, expected, 64)  # softmax of scores up to 4: few-ulp exponentials
+
+
+def test_splits_are_counted_as_the_kernel_cuts_them() -> None:
+    assert [count_splits(n) for n in (1, 128, 129, 1024, 1025, 1536, 1537)] == [
+        1,
+        1,
+        2,
+        8,
+        9,
+        9,
+        10,
+    ]
 
 
 @pytest.mark.parametrize("H,G,K", [(3, 1, 8), (8, 8, 20), (40, 2, 16)])
@@ -57,7 +70,7 @@ def test_head_shapes_and_sequences_of_their_own_lengths(H: int, G: int, K: int) 
     starts, T, S = [5, 300], 2, 320
     keys, values = cache(2, G, S, K)
     q = random(2 * T, H, K)
-    out = attend(q, keys, values, starts, T, 2)
+    out = attend(q, keys, values, starts, T, count_splits(S))
     expected = decode_attention_reference(
         q.double(), keys.double(), values.double(), starts, rows=T
     )
@@ -69,22 +82,38 @@ def test_neither_company_nor_the_grid_matters(window: int | None) -> None:
     T, H, G, K, S, start = 12, 4, 2, 16, 560, 506  # the rows straddle the border at 512
     keys, values = cache(1, G, S, K)
     q = random(T, H, K)
-    together = attend(q, keys, values, [start], T, 3, window=window)
+    room = count_splits(S)
+    together = attend(q, keys, values, [start], T, room, window=window)
     for t in (0, 5, 6, 11):
-        for splits in (3, 40):
+        for splits in (room, 40):
             row = attend(q[t : t + 1], keys, values, [start + t], 1, splits, window=window)
             assert_close(row[0], together[t].double(), 64)  # equal bits: on the GPU
 
 
 def test_more_splits_than_a_group_joins() -> None:
-    H, G, K, S = 2, 1, 16, 16 * SPLIT + 200
+    H, G, K, S = 2, 1, 16, 2248  # 8 splits of 128 keys and 3 of 512
     keys, values = cache(1, G, S, K)
     q = random(1, H, K)
-    out = attend(q, keys, values, [S - 1], 1, 17)
+    out = attend(q, keys, values, [S - 1], 1, count_splits(S))
     expected = decode_attention_reference(
         q.double(), keys.double(), values.double(), [S - 1], rows=1
     )
     assert_close(out, expected, 64)
+
+
+@pytest.mark.parametrize("S", [700, 2248])
+@pytest.mark.parametrize("window", [None, 1100])
+def test_how_many_splits_a_program_walks_over_is_nothing_to_the_bits(
+    window: int | None, S: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    H, G, K, splits = 2, 1, 16, count_splits(S)
+    keys, values = cache(1, G, S, K)
+    q = random(1, H, K)
+    outs = []
+    for programs in (splits, -(-splits // 2), 1):  # walks of 1, 2 and 8
+        monkeypatch.setattr(decode_attention_module, "PROGRAMS", programs)
+        outs.append(attend(q, keys, values, [S - 1], 1, splits, window=window))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
 def test_a_path_of_a_tree_is_a_chain() -> None:
