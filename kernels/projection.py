@@ -345,7 +345,6 @@ class Tiling:
     block_k: int = 16  # columns of a block of the loop over the rest of K
     warps: int = 4
     stages: int = 4
-    registers: int | None = None  # a thread may have, so that the kernel before leaves enough
     prefetch: int = 0  # 128-byte lines of each weight row asked for before the wait, beyond `early`
 
     @classmethod
@@ -419,7 +418,7 @@ def choose_tiling(
         return Tiling(rows=32, slabs=8, early=(512, 0), block_k=512, warps=8)
     if N >= 4096:
         return Tiling(rows=64, slabs=1, block_k=128, stages=8)
-    return Tiling(rows=16, slabs=8, early=(512, 0), block_k=512, warps=4, stages=6, prefetch=16)
+    return Tiling(rows=16, slabs=8, early=(512, 0), block_k=512, warps=4, stages=8, prefetch=32)
 
 
 def project(
@@ -480,5 +479,5 @@ def project(
         N, K, epilogue, pairs, heads, kv_heads,
         R, tile, *tiling.early, tiling.block_k, tiling.slabs, tiling.stages, tiling.prefetch,
         norm_levels(K), combine,
-        num_warps=tiling.warps, maxnreg=tiling.registers, **pdl,
+        num_warps=tiling.warps, **pdl,
     )  # fmt: skip
