@@ -6,7 +6,7 @@ alone. Ties go to the lowest id, everywhere.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
 
@@ -67,15 +67,14 @@ class Sampler:
         return pack_settings(**asdict(self.sampling), stream=EXACT, request_id=request_id)[None]
 
     def choose(
-        self, logits_TV: Tensor, position: int, chosen_T: Tensor | None = None
+        self, logits_TV: Tensor, position: int, chosen_T: Sequence[int] | None = None
     ) -> Iterator[int]:
         """The token after each row, the first one for `position`, as far as they are asked for.
 
-        `chosen_T` are the tokens of every row (and more) if a DecodeStep with our settings chose
-        them: that waits for one copy, not for one a row.
+        `chosen_T` are the tokens after every row if a DecodeStep with our settings chose them.
         """
         if chosen_T is not None:
-            for row, token in enumerate(chosen_T[: len(logits_TV)].tolist()):
+            for row, token in enumerate(chosen_T):
                 yield checked(token, position + row)
         else:
             for row, logits_V in enumerate(logits_TV):

@@ -166,7 +166,6 @@ class DecodeStep:
         # What the host says before a step, in one copy; lengths aligned like every buffer.
         self.inputs = buffer(-(-M // 4) * 4 + B, dtype=int32)
         self.tokens, self.lengths = self.inputs[:M], self.inputs[-B:]
-        self.chosen = buffer(M, dtype=int32)
         self.settings = None if settings is None else settings.to(device)
         if settings is not None:
             self.sampling = SampleWorkspace.allocate(M, V, device)
@@ -186,7 +185,13 @@ class DecodeStep:
         self.experts_touched = buffer(len(self.sparse), dtype=int32)  # by all forward calls
         self.forwards = self.streamed = 0  # calls, and tokens alone
         # Pinned, so that a kernel can write it; -1 marks a token that is not there yet.
-        self.ring = torch.full((B, RING), -1, dtype=int32, pin_memory=device.type == "cuda")
+        pinned = dict(dtype=int32, pin_memory=device.type == "cuda")
+        self.ring = torch.full((B, RING), -1, **pinned)
+        self.choices = torch.full((M,), -1, **pinned)
+        self.told = torch.zeros(len(self.inputs), **pinned)
+        self.asked = 0  # rows of the last forward call
+        self.under_way = False  # steps that nobody waited for
+        self.aside = buffer(M, dtype=int32)  # a plain step's tokens, which the ring has, too
 
         positions = cache.keys[0].shape[2]  # the capacity, rounded up
         rotary = torch.arange(positions, device=device)[:, None] * model.frequencies()
@@ -259,8 +264,8 @@ class DecodeStep:
     def forward(self, tokens_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Append T tokens to every sequence of the cache; logits after each, fp32 [B, T, V].
 
-        The result is a view of a buffer that the next call overwrites; so is `chosen`, the token
-        after each row (NO_TOKEN where there is none), int32 [B·T] and more.
+        The result is a view of a buffer that the next call overwrites. It says nothing yet about
+        `chosen`, the tokens after each row.
         """
         sequences = tokens_BT.tolist() if isinstance(tokens_BT, Tensor) else tokens_BT
         tokens = [token for sequence in sequences for token in sequence]
@@ -271,10 +276,24 @@ class DecodeStep:
                 f"at most {self.rows} rows together"
             )
         self._tell(tokens)
+        self.choices.fill_(-1)
+        self.asked, self.under_way = len(tokens), True
         self.cache.extend_all(T)
         self._run(T, self._tier(max(self.cache.lengths)), plain=False)
         self.forwards += 1
         return self.logits[: B * T].view(B, T, -1)
+
+    @property
+    def chosen(self) -> list[int]:
+        """The tokens after each row of the last `forward` (NO_TOKEN where there is none).
+
+        Waits for the device, whose last kernel writes them over the bus: a copy would take longer.
+        """
+        choices = self.choices[: self.asked].numpy()
+        while (choices == -1).any():
+            torch.cuda.current_stream().query()  # raises if a kernel failed
+        self.under_way = False
+        return choices.tolist()
 
     @torch.inference_mode()
     def stream(self, tokens: Sequence[int], count: int) -> Iterator[int]:
@@ -289,9 +308,9 @@ class DecodeStep:
         T, start = len(tokens), self.cache.lengths[0]
         self.cache.extend(T + count - 1)
         self.cache.lengths[0] = start
-        self._synchronize()  # a step that an earlier caller left in flight still writes the ring
-        self.ring.fill_(-1)
         self._tell(tokens)
+        self.under_way = True
+        self.ring.fill_(-1)
         if self.x.is_cuda:  # a tier that begins on the way must not stop it
             self._graph(T, self._tier(start + T), plain=True)
             for tier in self._tiers(range(start + T + 1, start + T + count)):
@@ -310,6 +329,7 @@ class DecodeStep:
             self.cache.lengths[0] = length
             self.streamed += 1
             yield token
+        self.under_way = False
 
     def expert_counts(self) -> tuple[int, int]:
         """Experts touched by the steps so far, and the layers that touched them (once a step)."""
@@ -318,10 +338,12 @@ class DecodeStep:
         return int(self.experts_touched.sum()) + alone, steps * len(self.sparse)
 
     def _tell(self, tokens: Sequence[int]) -> None:
-        """Copy tokens and lengths to the device, behind the steps that are under way."""
-        unused = len(self.inputs) - self.batch - len(tokens)
-        inputs = torch.tensor([*tokens, *[0] * unused, *self.cache.lengths], dtype=torch.int32)
-        self.inputs.copy_(inputs, non_blocking=True)  # pageable memory is staged before it returns
+        """Copy tokens and lengths to the device."""
+        if self.under_way:  # what was told before may not be copied, nor every answer written yet
+            self._synchronize()
+        told = self.told.numpy()
+        told[: len(tokens)], told[-self.batch :] = tokens, self.cache.lengths
+        self.inputs.copy_(self.told, non_blocking=True)
 
     def _tier(self, length: int) -> int:
         """Splits of attention's grid for a context of `length`: a power of two, or all."""
@@ -347,7 +369,7 @@ class DecodeStep:
         key = (T, tier, plain)
         if key not in self.graphs:
             torch.cuda.synchronize()  # steps in flight still write the state
-            state = (self.inputs, self.ring, self.experts_touched)
+            state = (self.inputs, self.ring, self.choices, self.experts_touched)
             saved = [tensor.clone() for tensor in state]
             self.launch(T, tier, plain=plain)
             torch.cuda.synchronize()
@@ -382,13 +404,12 @@ class DecodeStep:
             rows=rows, rows_per_sequence=T, pdl=self.pdl,
             advance=(self.tokens, self.lengths, self.ring) if plain else None,
         )  # fmt: skip
+        choices = self.aside if plain else self.choices
         if self.settings is None:
             tile_rows = self.tilings["head"].rows
-            choose(
-                self.chosen, self.best, vocabulary=self.vocabulary, tile_rows=tile_rows, **ending
-            )
+            choose(choices, self.best, vocabulary=self.vocabulary, tile_rows=tile_rows, **ending)
         else:
-            sample(self.chosen, self.logits, self.positions, self.settings,
+            sample(choices, self.logits, self.positions, self.settings,
                    workspace=self.sampling, **ending)  # fmt: skip
 
     def _attention(self, layer: Layer, index: int, T: int, tier: int) -> None:
