@@ -1,16 +1,18 @@
 """Draft length: a fixed number, or the one that pays best, measured as decoding goes.
 
 A cycle with γ drafts yields E(γ) = 1 + a₁ + a₁a₂ + … + a₁⋯a_γ tokens, where aᵢ is the acceptance
-of draft i given that those before it were accepted, and costs γ·t_draft + t_verify(γ). `auto`
+of draft i given that those before it were accepted, and costs t_draft(γ) + t_verify(γ). `auto`
 maximises the ratio, as Leviathan et al. 2023 choose γ, but with every quantity measured. On a CPU a
 verify gets dearer in steps, on a GPU it is nearly flat, and in a mixture of experts it depends on
-the text. γ = 0, plain decoding, is one of the choices, so that text which cannot be predicted
-costs a few probes and no more.
+the text. Plain decoding is one of the choices, so that text which cannot be predicted costs a few
+probes and no more.
 """
 
 import math
 from bisect import bisect_left
+from collections import deque
 from itertools import pairwise
+from statistics import median
 
 from draftnorm.decoding.statistics import Cycle
 
@@ -36,74 +38,76 @@ class FixedDraftLength:
 
 
 class AutoDraftLength:
-    """Call `next` for the length of a cycle and `observe` with what came of it."""
+    """Call `next` for the length of a cycle and `observe` with what came of it.
+
+    Plain cycles come in runs, which a GPU works off ahead of the host: `idle` cycles from this one
+    on will certainly not draft. While drafting does not pay, a probe ends each run, of the length
+    that would be best. What it loses, the next run's slow start included, that run makes good.
+    """
 
     most = MAX_DRAFT_LENGTH
-    MARGIN = 1.03  # drafting must promise this much, so that noise does not start it
-    PROBE_CREDIT = 0.5  # plain steps that probes may lose at once: one bad guess decides nothing
-    PROBE_SHARE = 0.02  # of the time, that they may lose beyond; the promise is 3 % in all
-    PROBE_WAIT = 256  # cycles between probes at most
-    RECONSIDER = 16  # idle cycles after which an old measurement may have expired
-    HOPELESS = 7.5  # a probe that lost so many plain steps was the last
+    MARGIN = 1.01  # drafting must promise this much, so that noise does not start it
+    CREDIT = 1.5  # plain steps that probes may lose at once: one bad guess decides nothing
+    SHARE = 0.018  # of the time, that they may lose beyond; the promise is 3 % in all
+    LONGEST_RUN = 128  # of plain cycles: by then old measurements have expired
 
     def __init__(self) -> None:
         self._acceptance, self._cost = Acceptance(), CycleCost()
-        self._length = 0  # the first cycle is plain: everything is compared with it
-        self._idle, self._wait = 0, 1  # cycles since the last draft, and how many are due
+        self._length, self._pays = CycleCost.HOPE, False
         self._lost = 0.0  # plain steps that probes have lost, less what they were allowed since
+        self.idle = 2  # all is compared with a plain cycle that follows another
 
     def next(self) -> int:
-        if self._length == 0:
-            return 1 if self._idle >= self._wait else 0
-        return 0 if self._cost.is_forgetting_plain() else self._length
-
-    @property
-    def idle(self) -> int:
-        """How many cycles from this one on will certainly not draft."""
-        if self._length:
-            return 0
-        due = min(self._wait - self._idle, self.RECONSIDER - self._idle % self.RECONSIDER)
-        return max(math.ceil(due), 0)
+        return 0 if self.idle else self._length
 
     def observe(self, cycle: Cycle) -> None:
-        self._cost.observe(cycle)
+        plain, paid = self.idle > 0, False
+        self._cost.observe(cycle, plain=plain)
+        if plain:
+            self.idle -= 1
+            self._lost = max(0.0, self._lost - self.SHARE)
+        elif not self._pays:
+            paid = self._charge(cycle)
         if cycle.drafted:
-            if self._length == 0:
-                self._schedule_probe(cycle)
             self._acceptance.observe(cycle)
-            self._idle = 0
-        else:  # not asked for, or the drafter had nothing to say: a due probe stays due
-            self._idle += 1
-            self._lost = max(0.0, self._lost - self.PROBE_SHARE)
-        if self._idle % self.RECONSIDER == 0:
-            self._length = self._best()
+        if self.idle == 0:
+            self._choose()
+            if not self._pays:
+                self.idle = 0 if paid else self._run()  # a probe that paid is repeated at once
+            elif self._cost.is_forgetting_plain():
+                self.idle = 2
 
-    def _schedule_probe(self, probe: Cycle) -> None:
-        """A probe that paid is repeated at once, another when what probes lost is within bounds."""
-        self._acceptance.fade()
-        self._wait = 0
-        plain = self._cost.verify_seconds()[0]
+    def _charge(self, probe: Cycle) -> bool:
+        """Put down what a probe lost; whether it paid, but for catching up."""
+        plain = self._cost.plain_seconds
         worth = plain * (1 + probe.accepted)
-        if probe.draft_seconds + probe.verify_seconds < worth:
-            return
-        loss = (probe.seconds - worth) / plain
-        self._lost += loss
-        self._wait = min((self._lost - self.PROBE_CREDIT) / self.PROBE_SHARE, self.PROBE_WAIT)
-        if loss > self.HOPELESS:
+        self._lost = max(0.0, self._lost + (probe.seconds - worth) / plain)
+        self._acceptance.fade()
+        if not probe.accepted and probe.catch_up_seconds > self.SHARE * self.LONGEST_RUN * plain:
             # What the drafter missed costs more the longer one waits: then waiting does not help.
-            self._wait = math.inf
+            self._lost = math.inf
+        return probe.draft_seconds + probe.verify_seconds < worth
 
-    def _best(self) -> int:
+    def _run(self) -> int:
+        """Plain cycles until what probes lost is within bounds."""
+        if self._lost - self.CREDIT < self.SHARE:
+            return 0
+        self._lost += self._cost.verify_seconds()[0] / self._cost.plain_seconds - 1  # its start
+        return int(min((self._lost - self.CREDIT) / self.SHARE, self.LONGEST_RUN))
+
+    def _choose(self) -> None:
+        """The best length to draft, and whether it pays."""
         # Plain lists: at this size NumPy takes 75 µs a cycle, several per cent of a small model's.
         verify_seconds = self._cost.verify_seconds()
-        rates, tokens, reached = [1 / verify_seconds[0]], 1.0, 1.0
+        first, further = self._cost.draft_seconds()
+        rates, tokens, reached = [0.0], 1.0, 1.0
         for length, acceptance in enumerate(self._acceptance.rates(), start=1):
             reached *= acceptance
             tokens += reached
-            seconds = length * self._cost.draft_seconds + verify_seconds[length]
-            rates.append(tokens / seconds)
-        best = max(range(self._cost.horizon + 1), key=rates.__getitem__)
-        return best if rates[best] > self.MARGIN * rates[0] else 0
+            rates.append(tokens / (first + (length - 1) * further + verify_seconds[length]))
+        self._length = max(range(1, self._cost.horizon + 1), key=rates.__getitem__)
+        promise = rates[self._length] * self._cost.plain_seconds
+        self._pays = promise > self.MARGIN and first > 0  # before a draft was timed all is hope
 
 
 class Acceptance:
@@ -144,8 +148,10 @@ class Acceptance:
 
 
 class CycleCost:
-    """Running seconds of a draft and of a verify by number of drafts.
+    """Running seconds of drafting and of a verify by number of drafts, and of a plain token.
 
+    A plain token is one that followed another: a GPU began its step before it was asked for. Others
+    count as a verify without drafts. The median of plain tokens does not heed a single slow call.
     A length that was not measured is taken on the line through its neighbours, or through the last
     two: hope makes it tried, and then it is measured. Measurements unused for `EXPIRY` cycles are
     dropped, so that one slow call does not rule a length out for good.
@@ -153,34 +159,58 @@ class CycleCost:
 
     WEIGHT = 0.25  # of a new sample in the running mean
     EXPIRY = 128
+    HOPE = 3  # drafts worth considering before anything longer was measured
     UNKNOWN = 1.1  # past the longest measured at least so much dearer: it must promise a tenth
 
     def __init__(self) -> None:
-        self.draft_seconds = 0.0
+        self._plain: deque[float] = deque(maxlen=9)
+        self._last_plain = 0  # cycle
+        self._follows = False
+        self._moments: tuple[float, ...] = ()  # means of n, s, n², n·s: n drafts took s seconds
         self._verify: dict[int, tuple[float, int]] = {}  # drafts -> (seconds, cycle of last use)
         self._cycles = 0
 
     def is_forgetting_plain(self) -> bool:
         """Whether plain decoding, which all is compared with, was last measured long ago."""
-        return 0 not in self._verify or self._cycles - self._verify[0][1] >= self.EXPIRY - 1
+        return self._cycles - self._last_plain >= self.EXPIRY - 2
+
+    @property
+    def plain_seconds(self) -> float:
+        return min(self._verify[0][0], median(self._plain or [math.inf]))
 
     @property
     def horizon(self) -> int:
-        """The longest block worth considering: 3, then hope may double what was measured."""
-        return min(max(3, 2 * max(self._verify) + 1), MAX_DRAFT_LENGTH)
+        """The longest block worth considering: hope may double what was measured."""
+        return min(max(self.HOPE, 2 * max(self._verify) + 1), MAX_DRAFT_LENGTH)
 
-    def observe(self, cycle: Cycle) -> None:
+    def observe(self, cycle: Cycle, *, plain: bool) -> None:
         self._cycles += 1
         sample = max(cycle.verify_seconds, 1e-9)  # a clock may not have moved
-        seconds, _ = self._verify.get(cycle.drafted, (sample, 0))
-        seconds += self.WEIGHT * (sample - seconds)
-        self._verify[cycle.drafted] = seconds, self._cycles
+        if plain and self._follows:
+            self._plain.append(sample)
+            self._last_plain = self._cycles
+        else:
+            seconds, _ = self._verify.get(cycle.drafted, (sample, 0))
+            seconds += self.WEIGHT * (sample - seconds)
+            self._verify[cycle.drafted] = seconds, self._cycles
+        self._follows = plain
         oldest = self._cycles - self.EXPIRY
-        self._verify = {d: entry for d, entry in self._verify.items() if entry[1] > oldest}
+        self._verify = {d: e for d, e in self._verify.items() if e[1] > oldest or d == 0}
         if cycle.drafted:
-            a_draft = cycle.draft_seconds / cycle.drafted
-            mean = self.draft_seconds or a_draft
-            self.draft_seconds = mean + self.WEIGHT * (a_draft - mean)
+            n, s = cycle.drafted, max(cycle.draft_seconds, 1e-9)
+            new = n, s, n * n, n * s
+            pairs = zip(self._moments or new, new, strict=True)
+            self._moments = tuple(mean + self.WEIGHT * (x - mean) for mean, x in pairs)
+
+    def draft_seconds(self) -> tuple[float, float]:
+        """Of the first draft, which on a GPU begins a run, and of each further one."""
+        if not self._moments:
+            return 0.0, 0.0
+        n, s, n_n, n_s = self._moments
+        variance = n_n - n * n
+        further = (n_s - n * s) / variance if variance > 0.05 else s / n
+        further = min(max(further, 0.0), s / n)
+        return s - (n - 1) * further, further
 
     def verify_seconds(self) -> list[float]:
         """t_verify(γ) for γ = 0 … MAX_DRAFT_LENGTH."""
