@@ -328,8 +328,8 @@ class DecodeStep:
             ring[place] = -1
             self.cache.lengths[0] = length
             self.streamed += 1
+            self.under_way = taken + 1 < count
             yield token
-        self.under_way = False
 
     def expert_counts(self) -> tuple[int, int]:
         """Experts touched by the steps so far, and the layers that touched them (once a step)."""

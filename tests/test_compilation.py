@@ -138,7 +138,7 @@ def test_an_interrupted_capture_leaves_no_graph(monkeypatch) -> None:
             raise interrupt
 
     step = SimpleNamespace(
-        graphs={}, inputs=state, ring=state, experts_touched=state, launch=launch
+        graphs={}, inputs=state, ring=state, choices=state, experts_touched=state, launch=launch
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
