@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from draftnorm.kernels.attention import attention_reference
-from draftnorm.kernels.operands import arrive, eights, sum_slabs
+from draftnorm.kernels.operands import arrive, eights, sum_slabs, turned
 
 ROWS = 16
 SPLIT, LONG_SPLIT = 128, 512  # keys of a split that begins before and after this position
@@ -80,7 +80,7 @@ def _queries(
 @triton.jit
 def _load_lines(ptr, s, last, live, dim, path, K: tl.constexpr, DIM_OK: tl.constexpr):
     """Keys or values at positions s, the last one's at those past it; anything if not live."""
-    s = tl.maximum(tl.minimum(s, last), 0)
+    s, dim = turned(tl.maximum(tl.minimum(s, last), 0)), turned(dim)
     slots_ptr, start_ptr, length, b = path
     if slots_ptr is not None:
         step = s - tl.load(start_ptr + b)
@@ -88,8 +88,8 @@ def _load_lines(ptr, s, last, live, dim, path, K: tl.constexpr, DIM_OK: tl.const
         slot = tl.load(slots_ptr + b * length + step, mask=on_path & live, other=0)
         s = tl.where(step >= 0, slot, s)
     if DIM_OK:
-        return tl.load(ptr + (s * K + dim), mask=live)
-    return tl.load(ptr + (s * K + dim), mask=live & (dim < K), other=0)
+        return turned(tl.load(ptr + (s * K + dim), mask=live))
+    return turned(tl.load(ptr + (s * K + dim), mask=live & (dim < K), other=0))
 
 
 @triton.jit
@@ -197,7 +197,8 @@ def _store_part(
 ):
     """Leave one part of a tile for the program that joins: acc [16, K], maximum and sum [16, 2]."""
     r = tl.arange(0, R)
-    tl.store(acc_ptr + ((r + part * R)[:, None, None] * K + dim), acc_RDE, mask=mask)
+    place = turned(acc_ptr + ((r + part * R)[:, None, None] * K + dim))
+    tl.store(place, turned(acc_RDE), mask=turned(mask))
     tl.store(extremes_ptr + (r + part * R) * 2, max_R)
     tl.store(extremes_ptr + (r + part * R) * 2 + 1, sum_R)
 
@@ -220,12 +221,12 @@ def _join(
             place = extremes_ptr + (r + part * R) * 2
             part_max = tl.load(place, mask=live, other=_LOWEST, cache_modifier=".cg")
             part_sum = tl.load(place + 1, mask=live, other=0.0, cache_modifier=".cg")
-            place = acc_ptr + ((r + part * R) * K + dim)
-            part_acc = tl.load(place, mask=mask & live, other=0.0, cache_modifier=".cg")
+            place = turned(acc_ptr + ((r + part * R) * K + dim))
+            part_acc = tl.load(place, turned(mask & live), 0.0, cache_modifier=".cg")
             new_max = tl.maximum(max_R, part_max)
             keep, weight = tl.exp2(max_R - new_max), tl.exp2(part_max - new_max)
             sum_R = tl.fma(part_sum, weight, sum_R * keep)
-            acc_RDE = tl.fma(part_acc, weight, acc_RDE * keep)
+            acc_RDE = tl.fma(turned(part_acc), weight, acc_RDE * keep)
             max_R = new_max
     return acc_RDE, tl.reshape(max_R, [R]), tl.reshape(sum_R, [R])
 
@@ -233,7 +234,7 @@ def _join(
 @triton.jit
 def _store_out(out_ptrs, acc_RDE, sum_R, mask):
     out = acc_RDE / tl.where(sum_R == 0.0, 1.0, sum_R)[:, None, None]
-    tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=mask)
+    tl.store(turned(out_ptrs), turned(out.to(out_ptrs.dtype.element_ty)), mask=turned(mask))
 
 
 @triton.jit(
@@ -311,7 +312,7 @@ def _decode_attention_kernel(
         return
     _, line_Q, ok_Q = _queries(eights(_ROWS), tile, b, T, group, R, HEADS, HEAD_TILES, H)
     place_Q = tl.broadcast_to(line_Q * K + dim_K, [8, L, C, _ROWS // 8, 32])
-    q = tl.load(q_ptr + place_Q, mask=ok_Q & (dim_K < K), other=0.0)
+    q = turned(tl.load(q_ptr + turned(place_Q), mask=turned(ok_Q & (dim_K < K)), other=0.0))
     if begin < tl.minimum(stop, first_key + BUFFERS * BLOCK_S):  # some of them are new
         k0, v0 = _load_block(first_key, stop - 1, True, places, K, FULL)
         if BUFFERS == 2:

@@ -13,6 +13,25 @@ loads columns 8t … 8t + 7 of a line, and no value ever leaves its thread.
 import triton
 import triton.language as tl
 
+# Of axes whose neighbours are apart in memory, Triton's default layout hands the first to the lanes
+# of a warp first; the last, from 3.7 on. The kernels are written for the former.
+_LAST_AXIS_FIRST: tl.constexpr = tl.constexpr(
+    tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+)
+
+
+@triton.jit
+def turned(x):
+    """x with the axes before the last in the order that a load or store wants: its own inverse."""
+    if _LAST_AXIS_FIRST:
+        if len(x.shape) == 3:
+            x = tl.permute(x, (1, 0, 2))
+        elif len(x.shape) == 5:
+            x = tl.permute(x, (3, 2, 1, 0, 4))
+        else:
+            x = tl.permute(x, (4, 3, 2, 1, 0, 5))
+    return x
+
 
 @triton.jit
 def prefetch_l2(addresses):
@@ -40,15 +59,15 @@ def fetch(
 ):  # fmt: skip
     """BLOCK columns from START on of lines of K as [8, L, BLOCK / 32 L, lines / 8, 32].
 
-    In Triton's default layout for this shape, four threads take 32 columns of a line, eight lines
-    are the other dimension of a warp, and slabs alternate between the warps.
+    In Triton's default layout for this shape, `turned`, four threads take 32 columns of a line,
+    eight lines are the other dimension of a warp, and slabs alternate between the warps.
     """
     C: tl.constexpr = BLOCK // (32 * L)
     k = (tl.arange(0, L)[:, None] + L * tl.arange(0, C)[None, :])[None, :, :, None, None] * 32
     k += START + tl.arange(0, 32)[None, None, None, None, :]
     if START + BLOCK > K:
         ok &= k < K
-    return tl.load(ptr + line + k, mask=ok, other=0.0, eviction_policy=POLICY)
+    return turned(tl.load(turned(ptr + line + k), turned(ok), 0.0, eviction_policy=POLICY))
 
 
 @triton.jit

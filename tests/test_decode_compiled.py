@@ -155,3 +155,40 @@ def test_nothing_mutable_is_touched_before_the_wait(config: dict, launches: list
             elif len(registers) > 1:
                 origin[registers[0]] = set().union(*(origin.get(r, set()) for r in registers[1:]))
     assert early > 0
+
+
+def innermost_loop(ptx: str) -> str:
+    """The smallest stretch from a label to the last jump back to it that has a product in it."""
+    loops = []
+    for label in re.finditer(r"^(\$L__BB\w+):", ptx, re.MULTILINE):
+        jumps = [*re.finditer(rf"\bbra\S*\s+{re.escape(label[1])};", ptx)]
+        if jumps and jumps[-1].start() > label.start():
+            loops.append(ptx[label.start() : jumps[-1].end()])
+    return min((loop for loop in loops if "mma.sync" in loop), key=len)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_operands_reach_the_matrix_instruction_in_registers(
+    rows: int, launches: list[Launch]
+) -> None:
+    """That rests on Triton's default layouts, whose order of axes changed in 3.7 (operands.py)."""
+    make_step(SMALL).launch(rows, 2, plain=False)
+    seen = []
+    for launch in dict.fromkeys(launches):
+        constants, ptx = dict(launch.constants), launch.ptx()
+        if launch.kernel.__name__ == "_projection_kernel":
+            assert constants["FIRST"] + constants["SECOND"] >= constants["K"]
+            before = ptx[ptx.index("ld.global") : ptx.index("mma.sync")]
+            stores = len(re.findall(r"\bst\.shared|\bstmatrix", before))
+            if dict(launch.types)["norm_weight_ptr"] == "constexpr":
+                assert stores == before.count("bar.sync") == 0
+            else:  # one store a thread for the norm's weight in each block of columns, two for rstd
+                assert stores <= 1 + (constants["SECOND"] > 0) + 2
+            assert "ldmatrix" not in before
+            seen.append(constants["EPILOGUE"])
+        elif launch.kernel.__name__ == "_decode_attention_kernel":
+            loop = innermost_loop(ptx)
+            assert loop.count("mma.sync") == ptx.count("mma.sync")
+            assert not re.search(r"\bbar\.|\b(st|ld)\.shared|matrix", loop)
+            seen.append("attention")
+    assert seen == ["rotary", "attention", "residual", "gated", "residual", "argmax"]
