@@ -141,7 +141,7 @@ def test_an_interrupted_capture_leaves_no_graph(monkeypatch) -> None:
         graphs={}, inputs=state, ring=state, choices=state, experts_touched=state, launch=launch
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
     with pytest.raises(KeyboardInterrupt):
         decode_step.DecodeStep._graph(step, 1, 2, plain=True)
