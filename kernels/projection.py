@@ -418,7 +418,7 @@ def choose_tiling(
         return Tiling(rows=32, slabs=8, early=(512, 0), block_k=512, warps=8)
     if N >= 4096:
         return Tiling(rows=64, slabs=1, block_k=128, stages=8)
-    return Tiling(rows=16, slabs=8, early=(512, 0), block_k=512, warps=4, stages=8, prefetch=32)
+    return Tiling(rows=16, slabs=8, early=(512, 0), block_k=512, warps=4, stages=6, prefetch=16)
 
 
 def project(

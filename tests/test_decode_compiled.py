@@ -40,6 +40,11 @@ LARGE = dict(
     num_layers=2, num_heads=32, num_kv_heads=8, head_size=128, num_experts=8, experts_per_token=2,
     expert_size=14336,
 )  # fmt: skip
+# Widths that neither has: products of 2,048 outputs and of 3,072.
+MEDIUM = dict(
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=1, num_heads=32,
+    num_kv_heads=8, head_size=64, tie_embeddings=True,
+)  # fmt: skip
 # What a kernel may read before it waits for its predecessor: weights, which nothing writes, and
 # what only kernels before the predecessor write, for which that one has waited.
 IMMUTABLE = {"weight_ptr", "norm_weight_ptr"}
@@ -55,7 +60,7 @@ class Launch:
     constants: tuple[tuple[str, object], ...]
     warps: int
 
-    def ptx(self) -> str:
+    def compiled(self, capability: int):
         types = dict(self.types)
         aligned = {
             (i,): [["tt.divisibility", 16]]
@@ -63,8 +68,11 @@ class Launch:
             if types[name].startswith("*")
         }
         source = ASTSource(self.kernel, types, dict(self.constants), aligned)
-        options = {"num_warps": self.warps, "launch_pdl": True}
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        options = {"num_warps": self.warps, "launch_pdl": capability >= 90}
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+    def ptx(self) -> str:
+        return self.compiled(90).asm["ptx"]
 
 
 class Recorder:
@@ -192,3 +200,13 @@ def test_operands_reach_the_matrix_instruction_in_registers(
             assert not re.search(r"\bbar\.|\b(st|ld)\.shared|matrix", loop)
             seen.append("attention")
     assert seen == ["rotary", "attention", "residual", "gated", "residual", "argmax"]
+
+
+@pytest.mark.parametrize("config", [SMALL, MEDIUM, LARGE], ids=["small", "medium", "large"])
+def test_a_step_fits_the_shared_memory_of_an_a100(config: dict, launches, monkeypatch) -> None:
+    monkeypatch.setattr(decode_step, "pdl_options", lambda _: {"PDL": False, "launch_pdl": False})
+    step = make_step(config)
+    step.launch(1, 4, plain=True)
+    step.launch(16, 4, plain=False)
+    largest = max(launch.compiled(80).metadata.shared for launch in dict.fromkeys(launches))
+    assert 2**12 < largest <= 163 * 1024
