@@ -92,7 +92,8 @@ class AutoDraftLength:
         """Plain cycles until what probes lost is within bounds."""
         if self._lost - self.CREDIT < self.SHARE:
             return 0
-        self._lost += self._cost.verify_seconds()[0] / self._cost.plain_seconds - 1  # its start
+        start = self._cost.verify_seconds()[0] / self._cost.plain_seconds - 1
+        self._lost += max(start, 0.0)  # of that run; a disturbed clock may say that it costs less
         return int(min((self._lost - self.CREDIT) / self.SHARE, self.LONGEST_RUN))
 
     def _choose(self) -> None:

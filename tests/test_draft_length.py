@@ -115,6 +115,16 @@ def test_a_run_of_plain_cycles_ends_in_a_probe() -> None:
     assert ended == 0
 
 
+def test_a_verify_that_seems_cheaper_than_a_plain_step_does_not_end_drafting() -> None:
+    length, blocks = AutoDraftLength(), []
+    for _ in range(3 * AutoDraftLength.LONGEST_RUN):
+        blocks.append(length.next())
+        drafts = blocks[-1] > 0
+        seconds = dict(draft_seconds=1.2 * drafts, verify_seconds=0.6 if drafts else 1.0)
+        length.observe(Cycle(drafted=blocks[-1], accepted=0, **seconds))
+    assert any(blocks[-AutoDraftLength.LONGEST_RUN - 1 :])
+
+
 @pytest.mark.parametrize("draft", [0.0, 0.1, 0.25])
 @pytest.mark.parametrize("verify", [staircase, flat])
 @pytest.mark.parametrize("between", [60, 100, 250, 600])
