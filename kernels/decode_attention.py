@@ -195,7 +195,7 @@ def _join_slabs(
 def _store_part(
     acc_ptr, extremes_ptr, part, acc_RDE, max_R, sum_R, mask, dim, R: tl.constexpr, K: tl.constexpr
 ):
-    """Leave one part of a tile for the program that joins: acc [16, K], maximum and sum [16, 2]."""
+    """Leave one part of a tile for the program that joins: acc [R, K], maximum and sum [R, 2]."""
     r = tl.arange(0, R)
     place = turned(acc_ptr + ((r + part * R)[:, None, None] * K + dim))
     tl.store(place, turned(acc_RDE), mask=turned(mask))

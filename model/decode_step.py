@@ -274,10 +274,10 @@ class DecodeStep:
                 f"tokens of {list(map(len, sequences))} are not {B} sequences of equal length with "
                 f"at most {self.rows} rows together"
             )
-        self._tell(tokens)
+        starts = [span.start for span in self.cache.extend_all(T)]
+        self._tell(tokens, starts)
         self.choices.fill_(-1)
-        self.asked, self.under_way = len(tokens), True
-        self.cache.extend_all(T)
+        self.asked = len(tokens)
         self._run(T, self._tier(max(self.cache.lengths)), plain=False)
         self.forwards += 1
         return self.logits[: B * T].view(B, T, -1)
@@ -304,11 +304,9 @@ class DecodeStep:
         """
         if self.batch != 1:
             raise ValueError(f"stream decodes one sequence, the cache holds {self.batch}")
-        T, start = len(tokens), self.cache.lengths[0]
-        self.cache.extend(T + count - 1)
-        self.cache.lengths[0] = start
-        self._tell(tokens)
-        self.under_way = True
+        T = len(tokens)
+        start = self.cache.lengths[0] = self.cache.extend(T + count - 1).start
+        self._tell(tokens, [start])
         self.ring.fill_(-1)
         if self.x.is_cuda:  # a tier that begins on the way must not stop it
             self._graph(T, self._tier(start + T), plain=True)
@@ -336,12 +334,12 @@ class DecodeStep:
         steps = self.forwards + self.streamed
         return int(self.experts_touched.sum()) + alone, steps * len(self.sparse)
 
-    def _tell(self, tokens: Sequence[int]) -> None:
-        """Copy tokens and lengths to the device."""
+    def _tell(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
+        """Copy tokens and lengths to the device: from here on a step is under way."""
         if self.under_way:  # what was told before may not be copied, nor every answer written yet
             self._synchronize()
-        told = self.told.numpy()
-        told[: len(tokens)], told[-self.batch :] = tokens, self.cache.lengths
+        self.under_way, told = True, self.told.numpy()
+        told[: len(tokens)], told[-self.batch :] = tokens, lengths
         self.inputs.copy_(self.told, non_blocking=True)
 
     def _tier(self, length: int) -> int:

@@ -45,6 +45,17 @@ def test_decode_and_verify_match_the_readable_model(family: str) -> None:
             )
 
 
+def test_a_block_without_room_leaves_the_step_as_it_was() -> None:
+    model = Transformer(ModelConfig(**BASE | dict(num_layers=1))).init_weights(seed=3)
+    step = DecodeStep(model, KVCache(model.config, batch=2, capacity=3))
+    step.forward([[1, 2], [3, 4]])
+    chosen, inputs = step.chosen, step.inputs.clone()
+    with pytest.raises(ValueError, match="do not fit"):
+        step.forward([[5, 6], [7, 8]])
+    assert step.cache.lengths == [2, 2] and not step.under_way
+    assert step.chosen == chosen and torch.equal(step.inputs, inputs)  # and none is waited for
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_greedy_follows_the_readable_model(norm: str) -> None:
     model = Transformer(ModelConfig(**BASE | dict(num_layers=1))).init_weights(seed=3)
