@@ -211,7 +211,7 @@ def test_greedy_steps_are_forward_steps(name: str) -> None:
     cache = KVCache(model.config, capacity=1024, device="cuda", dtype=BF16)
     model.prefill(tokens[:200], cache)
     step = DecodeStep(model, cache)
-    greedy = list(step.stream([7], 400))  # crosses two split borders and a tier
+    greedy = list(step.stream([7], 400))  # crosses three split borders and a tier
     cache.rollback(200)
     token, expected = torch.tensor([[7]], device="cuda"), []
     for _ in range(400):

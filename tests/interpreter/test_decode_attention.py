@@ -65,7 +65,8 @@ def test_splits_are_counted_as_the_kernel_cuts_them() -> None:
     ]
 
 
-@pytest.mark.parametrize("H,G,K", [(3, 1, 8), (8, 8, 20), (40, 2, 16)])
+# Above 128 numbers a head one block is on its way, not two.
+@pytest.mark.parametrize("H,G,K", [(3, 1, 8), (8, 8, 20), (40, 2, 16), (2, 1, 136)])
 def test_head_shapes_and_sequences_of_their_own_lengths(H: int, G: int, K: int) -> None:
     starts, T, S = [5, 300], 2, 320
     keys, values = cache(2, G, S, K)
@@ -75,6 +76,17 @@ def test_head_shapes_and_sequences_of_their_own_lengths(H: int, G: int, K: int) 
         q.double(), keys.double(), values.double(), starts, rows=T
     )
     assert_close(out, expected, 64)
+
+
+def test_two_numbers_of_sixteen_bits_in_a_word() -> None:
+    T, H, G, K, S = 3, 6, 2, 40, 200
+    q, keys, values = (x.half() for x in (random(T, H, K), *cache(1, G, S, K)))
+    out = attend(q, keys, values, [S - T], T, count_splits(S))
+    expected = decode_attention_reference(
+        q.double(), keys.double(), values.double(), [S - T], rows=T
+    )
+    # Weights and the result are each rounded to eleven bits, sums are fp32.
+    assert (out.double() - expected).abs().max() <= 2**-10 * values.abs().max()
 
 
 @pytest.mark.parametrize("window", [None, 200])
@@ -102,7 +114,7 @@ def test_more_splits_than_a_group_joins() -> None:
 
 
 @pytest.mark.parametrize("S", [700, 2248])
-@pytest.mark.parametrize("window", [None, 1100])
+@pytest.mark.parametrize("window", [None, 450, 1500])  # which begin in the middle of a walk
 def test_how_many_splits_a_program_walks_over_is_nothing_to_the_bits(
     window: int | None, S: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,26 @@ def test_a_block_without_room_leaves_the_step_as_it_was() -> None:
     assert step.chosen == chosen and torch.equal(step.inputs, inputs)  # and none is waited for
 
 
+def test_a_step_is_waited_for_only_if_nobody_has_read_what_it_chose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Transformer(ModelConfig(**BASE | dict(num_layers=1))).init_weights(seed=3)
+    step, waits = DecodeStep(model, KVCache(model.config, capacity=20)), []
+    # What the device was told last is still there when it is waited for: it may not be copied yet.
+    monkeypatch.setattr(step, "_synchronize", lambda: waits.append(int(step.told[0])))
+    for token in (1, 2):
+        step.forward([[token]])
+        assert len(step.chosen) == 1
+    assert len(list(step.stream([3], 2))) == 2
+    step.forward([[4]])
+    assert waits == []
+    step.forward([[5]])
+    assert waits == [4]
+    next(step.stream([6], 3))  # closed early
+    step.forward([[7]])
+    assert waits == [4, 5, 6]
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_greedy_follows_the_readable_model(norm: str) -> None:
     model = Transformer(ModelConfig(**BASE | dict(num_layers=1))).init_weights(seed=3)
