@@ -263,6 +263,8 @@ def _decode_attention_kernel(
     # for them before it let this one start. So positions, and keys of earlier steps.
     position_R = tl.load(position_ptr + row, mask=row_ok, other=-1)
     begin = tl.load(position_ptr + b * T)  # from here on keys are the last kernel's
+    if path_slots_ptr is not None:  # or a path's: rows of other branches may have written its nodes
+        begin = tl.minimum(begin, tl.load(path_start_ptr + b))
     last_key = tl.max(position_R)
     last_split = _split_of(last_key)
     first_split = 0

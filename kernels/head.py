@@ -6,8 +6,8 @@ Legend: B sequences, T new tokens of each, M = B·T rows, D hidden, V vocabulary
 each row stands: position and cache slot, from device-side lengths. `choose` finishes the argmax
 that the head's projection began tile by tile; ties go to the lowest id. In a plain greedy step it
 also moves on by itself: the token becomes the next input, the length grows, and the token is
-written to a ring in pinned host memory, which the host reads late and never waits for. A row whose
-logits are all NaN or -inf has no best token, and gets NO_TOKEN.
+written to a ring in pinned host memory, which the host reads late, without a synchronisation. A row
+whose logits are all NaN or -inf has no best token, and gets NO_TOKEN.
 """
 
 import torch

@@ -284,14 +284,15 @@ class DecodeStep:
 
     @property
     def chosen(self) -> list[int]:
-        """The tokens after each row of the last `forward` (NO_TOKEN where there is none).
+        """The tokens after each row of the last `forward`, NO_TOKEN where there is none.
 
-        Waits for the device, whose last kernel writes them over the bus: a copy would take longer.
+        Empty once a stream has begun. Waits for the device, whose last kernel writes them over the
+        bus: a copy would take longer.
         """
         choices = self.choices[: self.asked].numpy()
         while (choices == -1).any():
             torch.cuda.current_stream().query()  # raises if a kernel failed
-        self.under_way = False
+        self.under_way &= not self.asked
         return choices.tolist()
 
     @torch.inference_mode()
@@ -307,6 +308,7 @@ class DecodeStep:
         T = len(tokens)
         start = self.cache.lengths[0] = self.cache.extend(T + count - 1).start
         self._tell(tokens, [start])
+        self.asked = 0
         self.ring.fill_(-1)
         if self.x.is_cuda:  # a tier that begins on the way must not stop it
             self._graph(T, self._tier(start + T), plain=True)

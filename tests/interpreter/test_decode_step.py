@@ -89,6 +89,7 @@ def test_greedy_follows_the_readable_model(norm: str) -> None:
     step = DecodeStep(model, cache, norm=norm)
     assert next(step.stream([4], 3)) == expected[0]
     assert cache.lengths == [4]  # closed early, with steps under way: their tokens are nobody's
+    assert step.chosen == [] and step.under_way
     assert list(step.stream([expected[0]], 2)) == expected[1:]
     assert cache.lengths == [6]
     with pytest.raises(ValueError, match="do not fit"):
