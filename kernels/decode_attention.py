@@ -35,12 +35,11 @@ from draftnorm.kernels.attention import attention_reference
 from draftnorm.kernels.operands import arrive, eights, sum_slabs, turned
 
 ROWS = 16
-SPLIT, LONG_SPLIT = 128, 512  # keys of a split that begins before and after this position
 FINE = 1024
+SPLIT, LONG_SPLIT = 128, 512  # keys of a split that begins before position FINE, and from it on
 GROUP_SPLITS = 8  # splits joined at a time
 BLOCK_S, SLABS = 64, 4  # keys of a block; its slabs, one a warp
 PROGRAMS = 288  # that are resident at a time, about
-BUFFERS = {64: 2, 128: 2}  # blocks on their way, by head size; else 1
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 _GROUP_SPLITS: tl.constexpr = tl.constexpr(GROUP_SPLITS)
 _SPLIT: tl.constexpr = tl.constexpr(SPLIT)
@@ -167,6 +166,7 @@ def _attend(
 
 @triton.jit
 def _max_slabs(max_LR, L: tl.constexpr, R: tl.constexpr):
+    """The largest over L, [R]: as `sum_slabs`, one exchange between warps."""
     m = tl.permute(max_LR, (1, 0))
     for level in tl.static_range(L.bit_length() - 1):
         left, right = tl.split(tl.reshape(m, [R, L >> (level + 1), 2]))
@@ -444,12 +444,13 @@ def decode_attention(
         walk *= 2
     R = 8 if rows * min(H // G, ROWS) <= 8 else ROWS
     BLOCK_D = max(triton.next_power_of_2(K), 64)
+    buffers = 2 if BLOCK_D <= 128 else 1  # blocks on their way, as registers allow
     _decode_attention_kernel[(*tiles, triton.cdiv(splits, walk))](
         out_MHK, q_MHK, keys, values, positions_M, rows, S,
         0 if path_start is not None else G * S, K**-0.5 * math.log2(math.e),
         splits, walk, path_slots, path_start, path_slots.shape[1] if path_slots is not None else 0,
         workspace.acc, workspace.extremes, workspace.tickets,
-        H, G, K, R, window or 0, BLOCK_D, BLOCK_S, SLABS, BUFFERS.get(BLOCK_D, 1),
+        H, G, K, R, window or 0, BLOCK_D, BLOCK_S, SLABS, buffers,
         num_warps=SLABS, **pdl,
     )  # fmt: skip
 
