@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, linear, silu
 
+from draftnorm.kernels.gated import gated
 from draftnorm.kernels.linear import tile_linear
 
 
@@ -43,8 +44,8 @@ def grouped_experts(
     experts_E = torch.arange(gate_up_E2FD.shape[0], device=ids_MA.device)
     ends_E = torch.searchsorted(sorted_ids, experts_E, right=True, out_int32=True)
     pairs = x_MD[:, None].expand(M, A, D).reshape(M * A, D)
-    gate, up = _product_by_expert(_Permute.apply(pairs, order), gate_up_E2FD, ends_E).chunk(2, -1)
-    y = _product_by_expert(silu(gate) * up, down_EDF, ends_E)
+    both = _product_by_expert(_Permute.apply(pairs, order), gate_up_E2FD, ends_E)
+    y = _product_by_expert(gated(both), down_EDF, ends_E)
     y_MAD = _Permute.apply(y, torch.argsort(order)).view(M, A, D)
     return (y_MAD * weights_MA[:, :, None].to(y.dtype)).sum(dim=1)
 
@@ -66,8 +67,8 @@ def tile_experts(
     chosen = sorted({expert for row in ids for expert in row})
     y_UMD = []
     for expert in chosen:
-        gate, up = tile_linear(x_MD, gate_up_E2FD[expert]).chunk(2, dim=-1)
-        y_UMD.append(tile_linear(silu(gate) * up, down_EDF[expert]))
+        both = tile_linear(x_MD, gate_up_E2FD[expert])
+        y_UMD.append(tile_linear(gated(both), down_EDF[expert]))
     place = {expert: u for u, expert in enumerate(chosen)}
     ids += [[chosen[0]] * ids_MA.shape[1]] * (len(x_MD) - rows)  # padding rows read something
     places_MA = torch.tensor([[place[expert] for expert in row] for row in ids], device=x_MD.device)

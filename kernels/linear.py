@@ -1,4 +1,4 @@
-"""Products with few rows whose bits do not depend on how many rows there are: y = x Wᵀ + b.
+"""Products: y = x Wᵀ + b, or that plus a residual; of few rows, with bits of one row's own.
 
 Shapes: M rows, K inputs, N outputs.
 
@@ -29,10 +29,24 @@ def row_tile(device: torch.device, dtype: torch.dtype) -> int:
     return 8 if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else 1
 
 
-def tile_linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """`F.linear` of one tile; `x_MK` has exactly `row_tile` rows and is contiguous."""
-    if x_MK.is_cuda or x_MK.dtype != torch.float32:
+def block_linear(
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, residual_MN: Tensor | None = None
+) -> Tensor:
+    """`F.linear`, plus `residual_MN`, into which a GPU adds the product where nothing records."""
+    if residual_MN is None:
         return linear(x_MK, weight_NK, bias_N)
+    if x_MK.is_cuda and bias_N is None and not torch.is_grad_enabled():
+        return residual_MN.addmm_(x_MK, weight_NK.t())
+    return residual_MN + linear(x_MK, weight_NK, bias_N)
+
+
+def tile_linear(
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, residual_MN: Tensor | None = None
+) -> Tensor:
+    """`block_linear` of one tile; `x_MK` has exactly `row_tile` rows and is contiguous."""
+    if x_MK.is_cuda or x_MK.dtype != torch.float32:
+        return block_linear(x_MK, weight_NK, bias_N, residual_MN)
     # MKL is several times faster with the weight on the left and few columns on the right.
     y_MN = torch.mm(weight_NK, x_MK.t()).t().contiguous()
-    return y_MN if bias_N is None else y_MN.add_(bias_N)
+    y_MN = y_MN if bias_N is None else y_MN.add_(bias_N)
+    return y_MN if residual_MN is None else y_MN.add_(residual_MN)

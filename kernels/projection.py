@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from draftnorm.kernels.decode_norm import (
@@ -48,6 +48,7 @@ from draftnorm.kernels.decode_norm import (
     normed,
     square_sums,
 )
+from draftnorm.kernels.gated import gated_reference
 from draftnorm.kernels.operands import arrive, eights, fetch, operand, prefetch_l2, sum_slabs
 from draftnorm.kernels.rms_norm import rms_norm_reference
 
@@ -330,8 +331,7 @@ def projection_reference(
         x_MK = rms_norm_reference(x_MK, *norm)
     y_MN = linear(x_MK, weight_NK, bias_N)
     if epilogue == "gated":
-        gate_MF, up_MF = y_MN.chunk(2, dim=-1)
-        return silu(gate_MF) * up_MF
+        return gated_reference(y_MN)
     return y_MN if residual_MN is None else residual_MN + y_MN
 
 

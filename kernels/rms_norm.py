@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from draftnorm.kernels.compilation import launch
+
 CASTING_MODES = ("llama", "gemma", "none")
 ROW_MODES = (None, "row", "block")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HIDDEN = 32_768  # one program holds a whole row in registers
 MANY_ROWS = 2048
 MAX_BACKWARD_PROGRAMS = 1024
-_COMPILED: dict[tuple, triton.compiler.CompiledKernel] = {}  # a cache: never changes a result
 INTERPRETED = triton.knobs.runtime.interpret  # fixed at import, as @triton.jit itself is
 
 
@@ -290,20 +291,10 @@ def _forward(x, weight, eps, offset, casting_mode, row_mode, store):
     else:
         kernel, grid = _rms_norm_block_kernel, (-(-M // R), 1, 1)
         args = (y, x, weight, rstd_M, stride, M, eps, D, R, *constants)
-    # Triton's dispatch inspects and hashes every argument: 7 µs of host time a launch. All it can
-    # learn is which addresses and strides are multiples of 16; where all are, we know the kernel.
     dtype, bits = (None, 0) if weight is None else (weight.dtype, weight.data_ptr())
-    if (bits | x.data_ptr() | stride) % 16 or stride >= 2**31 or INTERPRETED:
-        kernel[grid](*args, num_warps=warps, launch_pdl=pdl)
-        return y, rstd_M
-    key = (device, x.dtype, dtype, D, R, warps, *constants)
-    compiled = _COMPILED.get(key)
-    if compiled is None:
-        _COMPILED[key] = kernel[grid](*args, num_warps=warps, launch_pdl=pdl)
-    else:  # what compiled[grid](*args) does, less a profiler's hooks: unused, a fifth of the call
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        handle = (compiled.function, compiled.packed_metadata)
-        compiled.run(*grid, stream, *handle, None, None, None, *args)
+    odd = (bits | x.data_ptr() | stride) % 16 or stride >= 2**31
+    key = None if odd else (device, x.dtype, dtype, D, R, warps, *constants)
+    launch(kernel, grid, args, key=key, warps=warps, pdl=pdl)
     return y, rstd_M
 
 

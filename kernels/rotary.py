@@ -1,14 +1,21 @@
 """Rotary position embedding: pairs (x_i, x_{i+K/2}) of a head turn by position · frequency_i.
 
-Shapes: M rows, H heads, K head size. Source: Su et al. 2021 (RoFormer), in the half-split layout of
-Hugging Face checkpoints; the Llama 3.1 stretch keeps short wavelengths, divides long ones by
+Shapes: M rows, H (query) heads, G key/value heads, N = H + 2G heads of q, k and v, K head size,
+B sequences and S positions of a cache. Source: Su et al. 2021 (RoFormer), in the half-split layout
+of Hugging Face checkpoints; the Llama 3.1 stretch keeps short wavelengths, divides long ones by
 `factor` and blends in between.
 """
 
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from draftnorm.kernels.compilation import launch
+
+HEADS = 16  # that a program turns
 
 
 def inverse_frequencies(
@@ -57,3 +64,73 @@ def apply_rotary(x_MHK: Tensor, cos_M1K: Tensor, sin_M1K: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)
     return torch.addcmul(x * cos_M1K, swapped, sin_M1K).to(x_MHK.dtype)
+
+
+def rotate_heads(
+    qkv_MNK: Tensor, table: tuple[Tensor, Tensor], G: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [M, H, K] and k [M, G, K], both turned as rotary_table's `table` says, and v [M, G, K]."""
+    turned = apply_rotary(qkv_MNK[:, :-G], *table)
+    return turned[:, :-G], turned[:, -G:], qkv_MNK[:, -G:]
+
+
+@triton.jit(do_not_specialize=["b", "start", "S"])
+def _rotate_into_cache_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, key_ptr, value_ptr, b, start, S,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    pair = tl.arange(0, PAIRS)[None, :]
+    HALF: tl.constexpr = K // 2
+    ok = (head < H + 2 * G) & (pair < HALF)
+    first_ptrs = qkv_ptr + (row * (H + 2 * G) + head) * K + pair
+    first = tl.load(first_ptrs, mask=ok, other=0.0).to(tl.float32)
+    second = tl.load(first_ptrs + HALF, mask=ok, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + row * K + pair, mask=pair < HALF, other=0.0)
+    sin = tl.load(sin_ptr + row * K + HALF + pair, mask=pair < HALF, other=0.0)
+    # Explicit fma, as the compiler would contract one layout's products otherwise than another's.
+    is_value = head >= H + G
+    low = tl.where(is_value, first, tl.fma(-second, sin, first * cos))
+    high = tl.where(is_value, second, tl.fma(first, sin, second * cos))
+    dtype = qkv_ptr.dtype.element_ty
+    low, high = low.to(dtype), high.to(dtype)
+    tl.store(first_ptrs, low, mask=ok & (head < H))
+    tl.store(first_ptrs + HALF, high, mask=ok & (head < H))
+    group = tl.where(is_value, head - G, head) - H
+    slot = ((b.to(tl.int64) * G + group) * S + start + row) * K + pair
+    tl.store(key_ptr + slot, low, mask=ok & (head >= H) & (head < H + G))
+    tl.store(key_ptr + slot + HALF, high, mask=ok & (head >= H) & (head < H + G))
+    tl.store(value_ptr + slot, low, mask=ok & is_value)
+    tl.store(value_ptr + slot + HALF, high, mask=ok & is_value)
+
+
+def rotate_into_cache_forward(
+    qkv_MNK: Tensor, table: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], b: int, start: int
+) -> Tensor:
+    """Launch the kernel of `rotate_into_cache` on contiguous tensors; q is turned in place."""
+    (M, N, K), (_, G, S, _) = qkv_MNK.shape, cache[0].shape
+    tensors = (qkv_MNK, *table, *cache)
+    assert all(x.is_contiguous() for x in tensors)
+    constants = (N - 2 * G, G, K, HEADS, triton.next_power_of_2(K // 2))
+    alignments = (x.data_ptr() % 16 for x in tensors)
+    key = (qkv_MNK.get_device(), "rotate", qkv_MNK.dtype, *constants, *alignments)
+    args, grid = (*tensors, b, start, S, *constants), (M, triton.cdiv(N, HEADS), 1)
+    launch(_rotate_into_cache_kernel, grid, args, key=key, warps=4)
+    return qkv_MNK[:, : N - 2 * G]
+
+
+def rotate_into_cache(
+    qkv_MNK: Tensor, table: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], b: int, start: int
+) -> Tensor:
+    """`rotate_heads` of M positions from `start` on, whose k and v go to a cache; q [M, H, K].
+
+    `table` is rotary_table's, `cache` keys and values [B, G, S, K], written to sequence `b`. Not
+    differentiable; on CUDA `qkv_MNK` itself receives q.
+    """
+    if qkv_MNK.is_cuda:
+        return rotate_into_cache_forward(qkv_MNK, table, cache, b, start)
+    q_MHK, *new = rotate_heads(qkv_MNK, table, cache[0].shape[1])
+    for cached_BGSK, new_MGK in zip(cache, new, strict=True):
+        cached_BGSK[b, :, start : start + len(new_MGK)] = new_MGK.transpose(0, 1)
+    return q_MHK

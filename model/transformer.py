@@ -5,7 +5,8 @@
     model.decode(tokens_BT, cache)   a few new tokens a sequence: plain decoding and verification
 
 Shapes: B sequences, T new tokens, M rows (B·T), D hidden, F feed-forward width, H query heads,
-G key/value heads, K head size, V vocabulary, E experts, A experts a token.
+G key/value heads, N = H + 2G heads of q, k and v, K head size, V vocabulary, E experts,
+A experts a token.
 
 Exactness. A row of `decode` has the same bits whatever else is in the call: the layers only ever
 see tiles of `row_tile` rows (padded), attention runs a row at a time, and every sum over experts
@@ -18,23 +19,31 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import embedding, linear
 
 from draftnorm.kernels.attention import block_attention, row_attention
 from draftnorm.kernels.compilation import Progress
 from draftnorm.kernels.experts import grouped_experts, route, tile_experts
-from draftnorm.kernels.linear import row_tile, tile_linear
+from draftnorm.kernels.gated import gated
+from draftnorm.kernels.linear import block_linear, row_tile, tile_linear
 from draftnorm.kernels.rms_norm import rms_norm
-from draftnorm.kernels.rotary import apply_rotary, inverse_frequencies, rotary_table
+from draftnorm.kernels.rotary import (
+    inverse_frequencies,
+    rotary_table,
+    rotate_heads,
+    rotate_into_cache,
+)
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
 
 PREFILL_CHUNK = 512  # chunks start at multiples of it, so a prompt's cache depends on it alone
 
-# (q_MHK, k_MGK, v_MGK, layer) -> attention output [M, H·K]; stores k and v where there is a cache.
-Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-# How a projection is computed: F.linear, or the row-invariant product of a decode tile.
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# (qkv_MNK, rotary table, layer) -> attention output [M, H·K]; turns q and k, and stores k and v
+# where there is a cache.
+Attend = Callable[[Tensor, tuple[Tensor, Tensor], int], Tensor]
+# (x_MK, weight_NK, bias_N, residual_MN) -> x Wᵀ + b + residual, perhaps in the residual's place:
+# for blocks of any number of rows, or the row-invariant product of a decode tile.
+Product = Callable[..., Tensor]
 
 
 class Weights(nn.Module):
@@ -61,7 +70,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections with q, k and v fused; where keys live and what is visible is the caller's."""
+    """x + o(attention), q, k and v fused; where keys live and what is visible is the caller's."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -75,21 +84,25 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_size, config.norm_eps)
 
     def forward(
-        self, x_MD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, product: Product
+        self,
+        x_MD: Tensor,
+        normed_MD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attend: Attend,
+        product: Product,
     ) -> Tensor:
         H, G, K = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
-        qkv = product(x_MD, self.qkv_proj.weight, self.qkv_proj.bias).view(-1, H + 2 * G, K)
+        qkv_MNK = product(normed_MD, self.qkv_proj.weight, self.qkv_proj.bias)
+        qkv_MNK = qkv_MNK.view(-1, H + 2 * G, K)
         if self.config.qk_norm:
-            q_MHK, k_MGK = self.q_norm(qkv[:, :H]), self.k_norm(qkv[:, H : H + G])
-            q_MHK, k_MGK = apply_rotary(q_MHK, *rotary), apply_rotary(k_MGK, *rotary)
-        else:
-            q_MHK, k_MGK = apply_rotary(qkv[:, : H + G], *rotary).split((H, G), dim=1)
-        out_MHK = attend(q_MHK, k_MGK, qkv[:, H + G :], self.layer)
-        return product(out_MHK, self.o_proj.weight, self.o_proj.bias)
+            q_MHK, k_MGK, v_MGK = qkv_MNK.split((H, G, G), dim=1)
+            qkv_MNK = torch.cat((self.q_norm(q_MHK), self.k_norm(k_MGK), v_MGK), dim=1)
+        out_MHK = attend(qkv_MNK, rotary, self.layer)
+        return product(out_MHK, self.o_proj.weight, self.o_proj.bias, x_MD)
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) · up x), gate and up fused."""
+    """x + down(silu(gate y) · up y) with y the normed x, gate and up fused."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -97,10 +110,9 @@ class MLP(nn.Module):
         self.gate_up_proj = Weights(2 * F, D, bias=config.mlp_bias)
         self.down_proj = Weights(D, F, bias=config.mlp_bias)
 
-    def forward(self, x_MD: Tensor, product: Product) -> Tensor:
-        both = product(x_MD, self.gate_up_proj.weight, self.gate_up_proj.bias)
-        gate_MF, up_MF = both.chunk(2, dim=-1)
-        return product(silu(gate_MF) * up_MF, self.down_proj.weight, self.down_proj.bias)
+    def forward(self, x_MD: Tensor, normed_MD: Tensor, product: Product) -> Tensor:
+        both_M2F = product(normed_MD, self.gate_up_proj.weight, self.gate_up_proj.bias)
+        return product(gated(both_M2F), self.down_proj.weight, self.down_proj.bias, x_MD)
 
 
 class Experts(nn.Module):
@@ -160,11 +172,11 @@ class Layer(nn.Module):
         product: Product,
         call: Call,
     ) -> Tensor:
-        x_MD = x_MD + self.self_attn(self.input_layernorm(x_MD), rotary, attend, product)
-        y_MD = self.post_attention_layernorm(x_MD)
+        x_MD = self.self_attn(x_MD, self.input_layernorm(x_MD), rotary, attend, product)
+        normed_MD = self.post_attention_layernorm(x_MD)
         if isinstance(self.mlp, MoE):
-            return x_MD + self.mlp(y_MD, product, call)
-        return x_MD + self.mlp(y_MD, product)
+            return x_MD + self.mlp(normed_MD, product, call)
+        return self.mlp(x_MD, normed_MD, product)
 
 
 class _Body(nn.Module):
@@ -230,14 +242,15 @@ class Transformer(nn.Module):
         B, T = tokens_BT.shape
         positions_M = torch.arange(T, device=self.device).repeat(B)
 
-        def attend(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, layer: int) -> Tensor:
-            q, k, v = (x.reshape(B, T, -1, self.config.head_size) for x in (q_MHK, k_MGK, v_MGK))
+        def attend(qkv_MNK: Tensor, rotary: tuple[Tensor, Tensor], layer: int) -> Tensor:
+            heads = rotate_heads(qkv_MNK, rotary, self.config.num_kv_heads)
+            q, k, v = (x.reshape(B, T, -1, self.config.head_size) for x in heads)
             window = self.config.windows[layer]
             out = block_attention(q, k.transpose(1, 2), v.transpose(1, 2), window=window)
             return out.reshape(B * T, -1)
 
         call = Call(router_logits=router_logits)
-        x_MD = self.run_layers(tokens_BT.flatten(), positions_M, attend, linear, call)
+        x_MD = self.run_layers(tokens_BT.flatten(), positions_M, attend, block_linear, call)
         return linear(x_MD, self.head_VD()).view(B, T, -1)
 
     @torch.inference_mode()
@@ -267,17 +280,15 @@ class Transformer(nn.Module):
     def _prefill_chunk(self, tokens_T: Tensor, cache: KVCache, b: int, start: int) -> Tensor:
         end = start + len(tokens_T)
 
-        def attend(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, layer: int) -> Tensor:
-            cache.keys[layer][b, :, start:end] = k_MGK.transpose(0, 1)
-            cache.values[layer][b, :, start:end] = v_MGK.transpose(0, 1)
-            window = self.config.windows[layer]
+        def attend(qkv_MNK: Tensor, rotary: tuple[Tensor, Tensor], layer: int) -> Tensor:
+            stored, window = (cache.keys[layer], cache.values[layer]), self.config.windows[layer]
+            q_MHK = rotate_into_cache(qkv_MNK, rotary, stored, b, start)
             first = 0 if window is None else max(0, start - window + 1)  # older keys are invisible
-            keys = cache.keys[layer][b : b + 1, :, first:end]
-            values = cache.values[layer][b : b + 1, :, first:end]
-            return block_attention(q_MHK[None], keys, values, window=window).flatten(-2)[0]
+            visible = (x[b : b + 1, :, first:end] for x in stored)
+            return block_attention(q_MHK[None], *visible, window=window).flatten(-2)[0]
 
         positions_M = torch.arange(start, end, device=self.device)
-        return self.run_layers(tokens_T, positions_M, attend, linear, Call())
+        return self.run_layers(tokens_T, positions_M, attend, block_linear, Call())
 
     @torch.inference_mode()
     def decode(self, tokens_BT: Tensor | Sequence[Sequence[int]], cache: KVCache) -> Tensor:
@@ -303,9 +314,10 @@ class Transformer(nn.Module):
         padding = size - len(rows)
         tokens_M = torch.nn.functional.pad(tokens_M, (0, padding))
         positions_M = torch.tensor([p for _, p in rows] + [0] * padding, device=self.device)
-        H, K = self.config.num_heads, self.config.head_size
+        H, G, K = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
 
-        def attend(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, layer: int) -> Tensor:
+        def attend(qkv_MNK: Tensor, rotary: tuple[Tensor, Tensor], layer: int) -> Tensor:
+            q_MHK, k_MGK, v_MGK = rotate_heads(qkv_MNK, rotary, G)
             keys, values = cache.keys[layer], cache.values[layer]
             window = self.config.windows[layer]
             out_MHK = q_MHK.new_zeros(size, H * K)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from draftnorm.kernels import compilation
 from draftnorm.kernels import rms_norm as module
 from draftnorm.kernels.rms_norm import (
     CASTING_MODES,
@@ -179,8 +180,8 @@ def test_a_remembered_kernel_is_launched_as_triton_launches_it(monkeypatch):
     compiled.name, compiled.src = "kernel", None
     compiled._run = lambda *args: launches.append(args)
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 5))
-    monkeypatch.setattr("triton.runtime.driver", driver)
-    monkeypatch.setattr(module, "_COMPILED", SimpleNamespace(get=lambda key: compiled))
+    monkeypatch.setattr(compilation, "driver", driver)
+    monkeypatch.setattr(compilation, "_COMPILED", SimpleNamespace(get=lambda key: compiled))
     monkeypatch.setattr(module, "has_pdl", lambda device: True)
     x, weight = tensors(3, 64, dtype=torch.bfloat16)
     for store in (False, True):
