@@ -35,12 +35,13 @@ def block_attention(
     everything = window is None or window >= S
     if (
         q_BTHK.is_cuda
-        and T != S
+        and (T != S or not torch.is_grad_enabled())
         and everything
         and can_use_flash_attention(SDPAParams(q_BHTK, k_BGSK, v_BGSK, None, 0.0, False, grouped))
     ):
         # To the library's flash kernel "causal" means that the last query sees the last key, which
-        # scaled_dot_product_attention cannot say: given a mask, it takes a slower kernel.
+        # scaled_dot_product_attention cannot say: given a mask, it takes a slower kernel. Without
+        # one it may take cuDNN's, which plans anew, for milliseconds, at every new length.
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(q_BHTK, k_BGSK, v_BGSK, is_causal=True)[0].transpose(1, 2)
     mask_TS = None
