@@ -76,8 +76,10 @@ def sample_sequences(
     def extend(start: int, end: int) -> Tensor:
         """Run positions start … end - 1 of every sequence; logits of the last, fp32 [B, V]."""
 
-        def attend(qkv_MNK: Tensor, rotary: tuple[Tensor, Tensor], layer: int) -> Tensor:
-            heads = rotate_heads(qkv_MNK, rotary, shape[2])
+        table = model.rotary_table(torch.arange(start, end, device=model.device).repeat(B))
+
+        def attend(qkv_MNK: Tensor, layer: int) -> Tensor:
+            heads = rotate_heads(qkv_MNK, table, shape[2])
             q, k, v = (x.reshape(B, end - start, -1, K) for x in heads)
             keys[layer, :, :, start:end] = k.transpose(1, 2)
             values[layer, :, :, start:end] = v.transpose(1, 2)
@@ -88,9 +90,8 @@ def sample_sequences(
             out_BH1K = scaled_dot_product_attention(q.transpose(1, 2), *past, enable_gqa=True)
             return out_BH1K.reshape(B, -1)
 
-        positions_M = torch.arange(start, end, device=model.device).repeat(B)
         tokens_M = tokens_BS[:, start:end].flatten()
-        x_MD = model.run_layers(tokens_M, positions_M, attend, block_linear, Call())
+        x_MD = model.run_layers(tokens_M, attend, block_linear, Call())
         return linear(x_MD.view(B, end - start, -1)[:, -1], model.head_VD()).float()
 
     # Not cuDNN's attention: it plans anew for every length, 43 ms a step on an H200 and not 9.

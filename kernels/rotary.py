@@ -16,6 +16,7 @@ from torch import Tensor
 from draftnorm.kernels.compilation import launch
 
 HEADS = 16  # that a program turns
+Pair = tuple[Tensor, Tensor]  # cosine and signed sine (rotary_table), or keys and values
 
 
 def inverse_frequencies(
@@ -66,10 +67,8 @@ def apply_rotary(x_MHK: Tensor, cos_M1K: Tensor, sin_M1K: Tensor) -> Tensor:
     return torch.addcmul(x * cos_M1K, swapped, sin_M1K).to(x_MHK.dtype)
 
 
-def rotate_heads(
-    qkv_MNK: Tensor, table: tuple[Tensor, Tensor], G: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [M, H, K] and k [M, G, K], both turned as rotary_table's `table` says, and v [M, G, K]."""
+def rotate_heads(qkv_MNK: Tensor, table: Pair, G: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q [M, H, K] and k [M, G, K], both turned by a rotary_table, and v [M, G, K]."""
     turned = apply_rotary(qkv_MNK[:, :-G], *table)
     return turned[:, :-G], turned[:, -G:], qkv_MNK[:, -G:]
 
@@ -93,20 +92,16 @@ def _rotate_into_cache_kernel(
     is_value = head >= H + G
     low = tl.where(is_value, first, tl.fma(-second, sin, first * cos))
     high = tl.where(is_value, second, tl.fma(first, sin, second * cos))
-    dtype = qkv_ptr.dtype.element_ty
-    low, high = low.to(dtype), high.to(dtype)
-    tl.store(first_ptrs, low, mask=ok & (head < H))
-    tl.store(first_ptrs + HALF, high, mask=ok & (head < H))
     group = tl.where(is_value, head - G, head) - H
     slot = ((b.to(tl.int64) * G + group) * S + start + row) * K + pair
-    tl.store(key_ptr + slot, low, mask=ok & (head >= H) & (head < H + G))
-    tl.store(key_ptr + slot + HALF, high, mask=ok & (head >= H) & (head < H + G))
-    tl.store(value_ptr + slot, low, mask=ok & is_value)
-    tl.store(value_ptr + slot + HALF, high, mask=ok & is_value)
+    cached_ptrs = tl.where(is_value, value_ptr + slot, key_ptr + slot)
+    ptrs = tl.where(head < H, first_ptrs, cached_ptrs)
+    tl.store(ptrs, low.to(qkv_ptr.dtype.element_ty), mask=ok)
+    tl.store(ptrs + HALF, high.to(qkv_ptr.dtype.element_ty), mask=ok)
 
 
 def rotate_into_cache_forward(
-    qkv_MNK: Tensor, table: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], b: int, start: int
+    qkv_MNK: Tensor, table: Pair, cache: Pair, b: int, start: int
 ) -> Tensor:
     """Launch the kernel of `rotate_into_cache` on contiguous tensors; q is turned in place."""
     (M, N, K), (_, G, S, _) = qkv_MNK.shape, cache[0].shape
@@ -120,13 +115,11 @@ def rotate_into_cache_forward(
     return qkv_MNK[:, : N - 2 * G]
 
 
-def rotate_into_cache(
-    qkv_MNK: Tensor, table: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], b: int, start: int
-) -> Tensor:
+def rotate_into_cache(qkv_MNK: Tensor, table: Pair, cache: Pair, b: int, start: int) -> Tensor:
     """`rotate_heads` of M positions from `start` on, whose k and v go to a cache; q [M, H, K].
 
-    `table` is rotary_table's, `cache` keys and values [B, G, S, K], written to sequence `b`. Not
-    differentiable; on CUDA `qkv_MNK` itself receives q.
+    The cache is keys and values [B, G, S, K], of which sequence `b` is written. Not differentiable;
+    on CUDA `qkv_MNK` itself receives q.
     """
     if qkv_MNK.is_cuda:
         return rotate_into_cache_forward(qkv_MNK, table, cache, b, start)

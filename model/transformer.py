@@ -38,9 +38,8 @@ from draftnorm.model.config import ModelConfig
 
 PREFILL_CHUNK = 512  # chunks start at multiples of it, so a prompt's cache depends on it alone
 
-# (qkv_MNK, rotary table, layer) -> attention output [M, H·K]; turns q and k, and stores k and v
-# where there is a cache.
-Attend = Callable[[Tensor, tuple[Tensor, Tensor], int], Tensor]
+# (qkv_MNK, layer) -> attention output [M, H·K]; turns q and k, puts k and v where a cache is.
+Attend = Callable[[Tensor, int], Tensor]
 # (x_MK, weight_NK, bias_N, residual_MN) -> x Wᵀ + b + residual, perhaps in the residual's place:
 # for blocks of any number of rows, or the row-invariant product of a decode tile.
 Product = Callable[..., Tensor]
@@ -83,21 +82,14 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_size, config.norm_eps)
             self.k_norm = RMSNorm(config.head_size, config.norm_eps)
 
-    def forward(
-        self,
-        x_MD: Tensor,
-        normed_MD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attend: Attend,
-        product: Product,
-    ) -> Tensor:
+    def forward(self, x_MD: Tensor, normed_MD: Tensor, attend: Attend, product: Product) -> Tensor:
         H, G, K = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
         qkv_MNK = product(normed_MD, self.qkv_proj.weight, self.qkv_proj.bias)
         qkv_MNK = qkv_MNK.view(-1, H + 2 * G, K)
         if self.config.qk_norm:
             q_MHK, k_MGK, v_MGK = qkv_MNK.split((H, G, G), dim=1)
             qkv_MNK = torch.cat((self.q_norm(q_MHK), self.k_norm(k_MGK), v_MGK), dim=1)
-        out_MHK = attend(qkv_MNK, rotary, self.layer)
+        out_MHK = attend(qkv_MNK, self.layer)
         return product(out_MHK, self.o_proj.weight, self.o_proj.bias, x_MD)
 
 
@@ -164,15 +156,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MoE(config) if config.is_sparse(layer) else MLP(config)
 
-    def forward(
-        self,
-        x_MD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attend: Attend,
-        product: Product,
-        call: Call,
-    ) -> Tensor:
-        x_MD = self.self_attn(x_MD, self.input_layernorm(x_MD), rotary, attend, product)
+    def forward(self, x_MD: Tensor, attend: Attend, product: Product, call: Call) -> Tensor:
+        x_MD = self.self_attn(x_MD, self.input_layernorm(x_MD), attend, product)
         normed_MD = self.post_attention_layernorm(x_MD)
         if isinstance(self.mlp, MoE):
             return x_MD + self.mlp(normed_MD, product, call)
@@ -240,17 +225,17 @@ class Transformer(nn.Module):
         A list given as `router_logits` receives the fp32 router logits [B·T, E] of each MoE layer.
         """
         B, T = tokens_BT.shape
-        positions_M = torch.arange(T, device=self.device).repeat(B)
+        table = self.rotary_table(torch.arange(T, device=self.device).repeat(B))
 
-        def attend(qkv_MNK: Tensor, rotary: tuple[Tensor, Tensor], layer: int) -> Tensor:
-            heads = rotate_heads(qkv_MNK, rotary, self.config.num_kv_heads)
+        def attend(qkv_MNK: Tensor, layer: int) -> Tensor:
+            heads = rotate_heads(qkv_MNK, table, self.config.num_kv_heads)
             q, k, v = (x.reshape(B, T, -1, self.config.head_size) for x in heads)
             window = self.config.windows[layer]
             out = block_attention(q, k.transpose(1, 2), v.transpose(1, 2), window=window)
             return out.reshape(B * T, -1)
 
         call = Call(router_logits=router_logits)
-        x_MD = self.run_layers(tokens_BT.flatten(), positions_M, attend, block_linear, call)
+        x_MD = self.run_layers(tokens_BT.flatten(), attend, block_linear, call)
         return linear(x_MD, self.head_VD()).view(B, T, -1)
 
     @torch.inference_mode()
@@ -279,16 +264,16 @@ class Transformer(nn.Module):
 
     def _prefill_chunk(self, tokens_T: Tensor, cache: KVCache, b: int, start: int) -> Tensor:
         end = start + len(tokens_T)
+        table = self.rotary_table(torch.arange(start, end, device=self.device))
 
-        def attend(qkv_MNK: Tensor, rotary: tuple[Tensor, Tensor], layer: int) -> Tensor:
+        def attend(qkv_MNK: Tensor, layer: int) -> Tensor:
             stored, window = (cache.keys[layer], cache.values[layer]), self.config.windows[layer]
-            q_MHK = rotate_into_cache(qkv_MNK, rotary, stored, b, start)
+            q_MHK = rotate_into_cache(qkv_MNK, table, stored, b, start)
             first = 0 if window is None else max(0, start - window + 1)  # older keys are invisible
             visible = (x[b : b + 1, :, first:end] for x in stored)
             return block_attention(q_MHK[None], *visible, window=window).flatten(-2)[0]
 
-        positions_M = torch.arange(start, end, device=self.device)
-        return self.run_layers(tokens_T, positions_M, attend, block_linear, Call())
+        return self.run_layers(tokens_T, attend, block_linear, Call())
 
     @torch.inference_mode()
     def decode(self, tokens_BT: Tensor | Sequence[Sequence[int]], cache: KVCache) -> Tensor:
@@ -314,10 +299,11 @@ class Transformer(nn.Module):
         padding = size - len(rows)
         tokens_M = torch.nn.functional.pad(tokens_M, (0, padding))
         positions_M = torch.tensor([p for _, p in rows] + [0] * padding, device=self.device)
+        table = self.rotary_table(positions_M)
         H, G, K = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
 
-        def attend(qkv_MNK: Tensor, rotary: tuple[Tensor, Tensor], layer: int) -> Tensor:
-            q_MHK, k_MGK, v_MGK = rotate_heads(qkv_MNK, rotary, G)
+        def attend(qkv_MNK: Tensor, layer: int) -> Tensor:
+            q_MHK, k_MGK, v_MGK = rotate_heads(qkv_MNK, table, G)
             keys, values = cache.keys[layer], cache.values[layer]
             window = self.config.windows[layer]
             out_MHK = q_MHK.new_zeros(size, H * K)
@@ -329,24 +315,25 @@ class Transformer(nn.Module):
             return out_MHK
 
         call = Call(rows=len(rows))
-        x_MD = self.run_layers(tokens_M, positions_M, attend, tile_linear, call)
+        x_MD = self.run_layers(tokens_M, attend, tile_linear, call)
         self.experts_touched += call.experts_touched
         self.expert_layer_passes += sum(map(self.config.is_sparse, range(self.config.num_layers)))
         return tile_linear(x_MD, self.head_VD())[: len(rows)].float()
 
-    def run_layers(
-        self, tokens_M: Tensor, positions_M: Tensor, attend: Attend, product: Product, call: Call
-    ) -> Tensor:
+    def run_layers(self, tokens_M: Tensor, attend: Attend, product: Product, call: Call) -> Tensor:
         """Embedding, every layer, final norm: the normed hidden state [M, D] of M rows.
 
-        The three ways of calling the model differ in what they pass here. `attend` stores and finds
-        keys, `product` computes projections, `call` says what else the pass is about.
+        The three ways of calling the model differ in what they pass here. `attend` knows positions,
+        stores and finds keys, `product` computes projections, `call` says what else the pass is
+        about.
         """
-        rotary = rotary_table(positions_M, self.frequencies())
         x_MD = embedding(tokens_M, self.model.embed_tokens.weight)
         for layer in self.model.layers:
-            x_MD = layer(x_MD, rotary, attend, product, call)
+            x_MD = layer(x_MD, attend, product, call)
         return self.model.norm(x_MD)
+
+    def rotary_table(self, positions_M: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_table(positions_M, self.frequencies())
 
     def frequencies(self) -> Tensor:
         """Rotary angle per position of each pair of a head, fp32 [K/2]."""
