@@ -3,14 +3,18 @@
     draftnorm benchmark norm --rows 1,8,65536 --hidden 64,576,4096
     draftnorm benchmark norm -r 50 -o json --plot norm.png
 
-*Device time* is a replayed CUDA graph of many calls, divided by their number. Each call has an
-input and an output of its own, together more than 4 × the L2 cache (at most 256 calls: one short
-row is in the cache anyway, as it is when decoding). *Wall time* is what the host needs for an
-eager call, up to a last synchronisation. Both: median over the repeats, and the middle half.
+*Device time* is a replayed CUDA graph of many calls, divided by their number. They go round a ring
+of inputs and outputs that together exceed 4 × the L2 cache (at most 256 inputs: one short row is in
+the cache anyway, as it is when decoding). A replay costs 4 to 8 µs of its own, whatever is in it.
+So a graph goes round until it has moved what the copy moves that sets the limit, which takes 2 ms
+on an H200, or made 1,536 calls of at least 0.7 µs: that cost is below 1 % of any engine's time.
+*Wall time* is what the host needs for an eager call, up to a last synchronisation. Both: median
+over the repeats, and the middle half.
 
 *GB/s* counts x, y and the weight once, and rstd where it is stored. The *copy limit* is the time
-those bytes take at the best copy bandwidth measured in this run on 4 GB; `same bytes` is torch.neg
-of x, one kernel that must move what a norm moves, so it shows what a launch of that size can reach.
+those bytes take at the best bandwidth of copying 4 GB, measured again before each shape: straight
+after idling an H200 copied 1 % slower. `same bytes` is torch.neg of x, one kernel that must move
+what a norm moves, so it shows what a launch of that size can reach.
 """
 
 if __name__ == "__main__":
@@ -20,7 +24,9 @@ if __name__ == "__main__":
 
 import argparse
 import importlib.util
+import math
 import statistics
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +39,8 @@ from draftnorm.scripts import options, report, timing
 
 SCHEMA = "draftnorm/benchmark-norm/1"
 EPS = 1e-5
-MAX_CALLS = 256  # in one graph
+COPY_BYTES = 2**33  # read and written by the copy that sets the limit, and by a graph of calls
+MAX_INPUTS, MAX_CALLS = 256, 1536  # of one graph
 Engine = Callable[[Tensor], Tensor]
 
 
@@ -51,12 +58,14 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("benchmark norm times GPU kernels and needs a CUDA device: found none")
     dtype = getattr(torch, args.dtype)
-    copy_bytes_per_second = measure_copy()
     results = []
     for D in args.hidden:
         for M in args.rows:
             timing.progress(f"{M} × {D}")
-            results += measure_shape(M, D, dtype, args.repeats, copy_bytes_per_second)
+            results += measure_shape(M, D, dtype, args.repeats)
+    copy_bytes_per_second = max(row["copy_bytes_per_second"] for row in results)
+    for row in results:
+        row["times_copy_limit"] = row["device_seconds"] * copy_bytes_per_second / row["bytes"]
     document = {
         **report.describe_benchmark(SCHEMA, args, torch.device("cuda")),
         "liger-kernel": report.package_version("liger-kernel"),
@@ -95,7 +104,7 @@ def make_engines(weight_D: Tensor) -> dict[str, Engine]:
 
 def measure_copy() -> float:
     """The best of two ways to copy 4 GB (or a quarter of the free memory): bytes/s, both ways."""
-    size = min(2**32, torch.cuda.mem_get_info()[0] // 4)
+    size = min(COPY_BYTES // 2, torch.cuda.mem_get_info()[0] // 4)
     source = torch.empty(size // 2, dtype=torch.int16, device="cuda").random_()
     target = torch.empty_like(source)
     best = min(
@@ -105,17 +114,30 @@ def measure_copy() -> float:
     return 2 * source.nbytes / best
 
 
-def measure_shape(
-    M: int, D: int, dtype: torch.dtype, repeats: int, copy_bytes_per_second: float
-) -> list[dict[str, Any]]:
+def graph_size(call_bytes: int, l2_bytes: int) -> tuple[int, int]:
+    """(inputs of the ring, rounds of a graph): whole rounds, so that replays too join as a ring.
+
+    Without the last input, of which a call may find parts in the cache, the ring has 4 × the L2.
+    """
+    inputs = max(2, min(MAX_INPUTS, -(-4 * l2_bytes // call_bytes) + 1))
+    calls = min(COPY_BYTES / call_bytes, MAX_CALLS)
+    return inputs, math.ceil(calls / inputs)
+
+
+def measure_shape(M: int, D: int, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     """One row an engine: device and wall seconds of x [M, D] -> y [M, D]."""
     weight_D = torch.rand(D, device="cuda").to(dtype) + 0.5
     call_bytes = (2 * M * D + D) * weight_D.element_size()
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    calls = max(2, min(MAX_CALLS, -(-4 * l2_bytes // call_bytes) + 1))
-    inputs = [torch.randn(M, D, device="cuda", dtype=dtype) for _ in range(calls)]
+    ring, rounds = graph_size(call_bytes, l2_bytes)
+    inputs = [torch.randn(M, D, device="cuda", dtype=dtype) for _ in range(ring)]
     engines, rows = make_engines(weight_D), []
-    devices = {name: device_seconds(engine, inputs, repeats) for name, engine in engines.items()}
+    for engine in engines.values():
+        engine(inputs[0])  # compiles, so that nothing is timed on a GPU that has just idled
+    copy_bytes_per_second = measure_copy()
+    devices = {
+        name: device_seconds(engine, inputs, rounds, repeats) for name, engine in engines.items()
+    }
     walls = wall_seconds(engines, inputs[0], repeats)
     for name, device in devices.items():
         middle = statistics.median(device)
@@ -125,20 +147,29 @@ def measure_shape(
                 "rows": M,
                 "hidden": D,
                 "engine": name,
+                "calls": ring * rounds,
                 **_spread("device", device),
                 **_spread("wall", walls[name]),
                 "bytes": moved,
                 "gigabytes_per_second": moved / middle / 1e9,
-                "times_copy_limit": middle * copy_bytes_per_second / moved,
+                "copy_bytes_per_second": copy_bytes_per_second,
             }
         )
     return rows
 
 
-def device_seconds(engine: Engine, inputs: list[Tensor], repeats: int) -> list[float]:
-    """Seconds a call, of graph replays. The outputs are kept, so that no two calls share one."""
-    seconds = timing.replay_seconds(lambda: [engine(x) for x in inputs], repeats)
-    return [elapsed / len(inputs) for elapsed in seconds]
+def device_seconds(engine: Engine, inputs: list[Tensor], rounds: int, repeats: int) -> list[float]:
+    """Seconds a call, of replays of a graph that goes `rounds` times round `inputs`.
+
+    Of the outputs the last are kept, one an input, and the allocator hands the others' memory on:
+    so many rounds need no more memory than one, and a call writes where none of its round did.
+    """
+
+    def go_round() -> deque[Tensor]:
+        return deque((engine(x) for x in inputs * rounds), maxlen=len(inputs))
+
+    seconds = timing.replay_seconds(go_round, repeats)
+    return [elapsed / (len(inputs) * rounds) for elapsed in seconds]
 
 
 def wall_seconds(engines: dict[str, Engine], x: Tensor, repeats: int) -> dict[str, list[float]]:

@@ -77,7 +77,7 @@ def device_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
 def replay_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
     """Device seconds of replays of `work` as a graph; of itself where there is no GPU.
 
-    What it returns is kept meanwhile, so that no two of its calls share an output.
+    What it returns is kept meanwhile, so that no two outputs among it share memory.
     """
     if not torch.cuda.is_available():
         return device_seconds(work, repeats)
