@@ -246,8 +246,10 @@ def _decode_attention_kernel(
     acc_ptr, extremes_ptr, ticket_ptr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, L: tl.constexpr,
-    BUFFERS: tl.constexpr, PDL: tl.constexpr,
+    BUFFERS: tl.constexpr, EAGER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL and EAGER:
+        gdc_launch_dependents()
     HEADS: tl.constexpr = H // G
     HEAD_TILES: tl.constexpr = (HEADS + R - 1) // R
     row_tiles = tl.cdiv(T, R // min(HEADS, R))
@@ -428,6 +430,7 @@ def decode_attention(
     window: int | None = None,
     path_slots: Tensor | None = None,
     path_start: Tensor | None = None,
+    eager: bool = False,
 ) -> None:
     """Attend from `rows` new tokens of each sequence to its cache [B, G, S, K], into `out_MHK`.
 
@@ -450,7 +453,7 @@ def decode_attention(
         0 if path_start is not None else G * S, K**-0.5 * math.log2(math.e),
         splits, walk, path_slots, path_start, path_slots.shape[1] if path_slots is not None else 0,
         workspace.acc, workspace.extremes, workspace.tickets,
-        H, G, K, R, window or 0, BLOCK_D, BLOCK_S, SLABS, buffers,
+        H, G, K, R, window or 0, BLOCK_D, BLOCK_S, SLABS, buffers, eager,
         num_warps=SLABS, **pdl,
     )  # fmt: skip
 

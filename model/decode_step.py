@@ -47,6 +47,8 @@ from draftnorm.kernels.projection import (
 from draftnorm.kernels.rms_norm import INTERPRETED, rms_norm_forward
 from draftnorm.kernels.sample import SampleWorkspace, sample
 from draftnorm.model.cache import KVCache
+from draftnorm.model.readable_step import ReadableStep
+from draftnorm.model.streamed_layers import StreamedLayers, can_stream
 from draftnorm.model.transformer import PREFILL_CHUNK, Layer, Transformer
 
 logger = logging.getLogger("draftnorm")
@@ -96,29 +98,6 @@ def open_step(
         "decoding on %s with library calls, slower: %s", torch.cuda.get_device_name(device), reason
     )
     return ReadableStep(model, cache, vocabulary)
-
-
-class ReadableStep:
-    """`Transformer.decode` bound to a cache, with what DecodeStep's users look at."""
-
-    chosen = compile_seconds = capture_seconds = None
-
-    def __init__(self, model: Transformer, cache: KVCache, vocabulary: int | None) -> None:
-        self.model, self.cache, self.vocabulary = model, cache, vocabulary
-        self._touched = self._passes = 0
-
-    def expert_counts(self) -> tuple[int, int]:
-        """Experts touched by the steps so far, and the layers that touched them (once a tile)."""
-        return self._touched, self._passes
-
-    def forward(self, tokens_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """Append T tokens to every sequence of the cache; logits after each, fp32 [B, T, V]."""
-        model = self.model  # which others decode with, too: a draft that is the target itself
-        touched, passes = model.experts_touched, model.expert_layer_passes
-        logits_BTV = model.decode(tokens_BT, self.cache)[:, :, : self.vocabulary]
-        self._touched += model.experts_touched - touched
-        self._passes += model.expert_layer_passes - passes
-        return logits_BTV
 
 
 class DecodeStep:
@@ -214,6 +193,7 @@ class DecodeStep:
             partials=buffer(self.touched * D * padded, dtype=fp32),
             tickets=buffer(-(-D // ROWS) * padded // ROWS, dtype=int32),
         )
+        self.streamed = StreamedLayers(self) if can_stream(config, device) else None
         most_splits = self._tier(cache.capacity)
         sizes = [workspace_sizes(B, T, H, G, K, most_splits) for T in range(1, max(M // B, 1) + 1)]
         acc, extremes, tickets = map(max, zip(*sizes, strict=True))
@@ -392,7 +372,9 @@ class DecodeStep:
             self.x, self.squares, self.positions, self.slots, self.tokens, self.lengths,
             model.model.embed_tokens.weight, rows=rows, rows_per_sequence=T, pdl=self.pdl,
         )  # fmt: skip
-        for index, layer in enumerate(model.model.layers):
+        if self.streamed:
+            self.streamed.launch(rows, T, tier)
+        for index, layer in enumerate(model.model.layers if not self.streamed else ()):
             self._attention(layer, index, T, tier)
             if self.config.is_sparse(index):
                 self._experts(layer, self.experts[self.sparse.index(index)], rows)
@@ -429,16 +411,16 @@ class DecodeStep:
         self._project("qkv", self.q, self.x, attention.qkv_proj.weight, rows, "rotary",
                       bias=attention.qkv_proj.bias, norm=layer.input_layernorm,
                       rotary=rotary)  # fmt: skip
-        self._attend(index, T, tier)
+        self.attend(index, T, tier)
         attended = self.attended.view(self.rows, -1)
         self._project("o", self.x, attended, attention.o_proj.weight, rows, "residual",
                       bias=attention.o_proj.bias)  # fmt: skip
 
-    def _attend(self, index: int, T: int, tier: int) -> None:
+    def attend(self, index: int, T: int, tier: int, *, eager: bool = False) -> None:
         decode_attention(
             self.attended, self.q, self.cache.keys[index], self.cache.values[index],
             self.positions, rows=T, splits=tier, workspace=self.attention_workspace, pdl=self.pdl,
-            window=self.config.windows[index],
+            window=self.config.windows[index], eager=eager,
         )  # fmt: skip
 
     def _mlp(self, layer: Layer, rows: int) -> None:

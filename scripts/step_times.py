@@ -8,23 +8,28 @@ behind the kernel before it.
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from draftnorm.model import decode_step
+from draftnorm.model import decode_step, streamed_layers
 from draftnorm.model.cache import KVCache
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import timing
 from draftnorm.scripts.timing import progress
 
-# What a step launches its kernels with; each takes its result first.
-LAUNCHERS = ("embed", "normalize", "project", "decode_attention", "route_rows", "choose")
+# What a step launches its kernels with, and where; each takes its result first.
+LAUNCHERS = {
+    decode_step: ("embed", "normalize", "project", "decode_attention", "route_rows", "choose"),
+    streamed_layers: ("stream_layer",),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,8 +180,8 @@ def observe_step(step: DecodeStep, rows: int, observe: Callable[[Launch], None])
         if ".layers." in name
     }
 
-    def watched(name: str) -> Callable[..., None]:
-        function = getattr(decode_step, name)
+    def watched(module: ModuleType, name: str) -> Callable[..., None]:
+        function = getattr(module, name)
 
         def launch(*arguments: Any, **settings: Any) -> None:
             kind, read_bytes = name, 0
@@ -186,6 +191,10 @@ def observe_step(step: DecodeStep, rows: int, observe: Callable[[Launch], None])
                 read_bytes = weight.nbytes
                 if settings.get("experts"):  # of one row
                     read_bytes = weight[0].nbytes * step.config.experts_per_token
+            elif name == "stream_layer":
+                weights = arguments[1].products()
+                kind = ", ".join(names[weight.data_ptr()] for weight in weights)
+                read_bytes = sum(weight.nbytes for weight in weights)
             elif name == "decode_attention":
                 positions = min(length, settings.get("window") or length)
                 read_bytes = 2 * arguments[2][0, :, 0].nbytes * positions
@@ -194,7 +203,10 @@ def observe_step(step: DecodeStep, rows: int, observe: Callable[[Launch], None])
 
         return launch
 
-    with mock.patch.multiple(decode_step, **{name: watched(name) for name in LAUNCHERS}):
+    with ExitStack() as patches:
+        for module, launchers in LAUNCHERS.items():
+            replaced = {name: watched(module, name) for name in launchers}
+            patches.enter_context(mock.patch.multiple(module, **replaced))
         step.launch(rows, step._tier(length), plain=False)
 
 

@@ -1,0 +1,165 @@
+"""What brings weights and rows into the shared memory of kernels/weight_stream.py.
+
+Legend there. A ring is slots, and for each slot two barriers in shared memory: `full`, which copies
+complete, and `empty`, on which its reader arrives. `count` numbers the uses of a ring's slots; a
+use waits for the round of its slot that count // SLOTS says.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from draftnorm.kernels.stream_layouts import inputs_layout
+
+L = gl.constexpr(8)
+SLAB = gl.constexpr(64)
+COLUMNS = gl.constexpr(8 * 64)
+O_PROJ, GATE_UP, DOWN, QKV = (gl.constexpr(phase) for phase in range(4))
+TICKETS = gl.constexpr(4)  # the counter behind those of the phases
+_FLIGHT = gl.constexpr(3)  # slots of weights under way; more would only queue, others behind them
+
+
+@gluon.jit
+def _stream_tile(
+    weight, ring, full, empty, count, tile,
+    PAIRS: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Copies of one tile, left to right."""
+    line = tile // (PAIRS // 8) * (2 * PAIRS) + tile % (PAIRS // 8) * 8
+    for step in range(K // COLUMNS):
+        slot = count % SLOTS
+        mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+        if count >= _FLIGHT:
+            landed = count - _FLIGHT
+            mbarrier.wait(full.index(landed % SLOTS), landed // SLOTS & 1)
+        mbarrier.expect(full.index(slot), weight.block_type.nbytes)
+        place = [step * L, 0, line, 0]
+        tma.async_copy_global_to_shared(weight, place, full.index(slot), ring.index(slot))
+        count += 1
+    return count
+
+
+@gluon.jit
+def _stream_tickets(
+    weight, ring, full, empty, tiles, ticket_ptr, opened, count,
+    TILES: gl.constexpr, PAIRS: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
+    FIRST: gl.constexpr,
+):  # fmt: skip
+    """A phase of many tiles: multiprocessors are not equally fast, so each takes what it can."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    programs = gl.num_programs(0)
+    dealt = gl.maximum(TILES // programs - 2, 1) * programs  # of the rest, tickets are drawn
+    tile = gl.program_id(0)
+    while tile < TILES:
+        next_tile = tile + programs
+        if next_tile >= dealt:
+            mbarrier.wait(opened.index(FIRST), 0)  # the kernel before this one has zeroed it
+            next_tile = dealt + gl.atomic_add(ticket_ptr, 1, sem="relaxed")
+        slot = count % SLOTS
+        mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+        tiles.index(slot).store(gl.full([1], tile, gl.int32, one))
+        count = _stream_tile(weight, ring, full, empty, count, tile, PAIRS, K, SLOTS)
+        tile = next_tile
+    slot = count % SLOTS
+    mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+    tiles.index(slot).store(gl.full([1], TILES, gl.int32, one))
+    mbarrier.arrive(full.index(slot), count=1)
+    return count + 1
+
+
+@gluon.jit
+def _stream_weights(
+    weight, ring, full, empty, count,
+    TILES: gl.constexpr, PAIRS: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """A phase of few tiles, dealt out in turns."""
+    for tile in range(gl.program_id(0), TILES, gl.num_programs(0)):
+        count = _stream_tile(weight, ring, full, empty, count, tile, PAIRS, K, SLOTS)
+    return count
+
+
+@gluon.jit
+def weights_part(
+    o, gate_up, down, qkv, ring, full, empty, tiles, ticket_ptr, opened,
+    D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
+    FIRST: gl.constexpr, LAST: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    n = 0
+    if FIRST <= O_PROJ and LAST >= O_PROJ:
+        K: gl.constexpr = 2 * H * HALF
+        n = _stream_weights(o, ring, full, empty, n, D // 16, 8, K, SLOTS)
+    if FIRST <= GATE_UP and LAST >= GATE_UP:
+        n = _stream_tickets(
+            gate_up, ring, full, empty, tiles, ticket_ptr, opened, n, F // 8, F, D, SLOTS, FIRST,
+        )  # fmt: skip
+    if FIRST <= DOWN and LAST >= DOWN:
+        n = _stream_weights(down, ring, full, empty, n, D // 16, 8, F, SLOTS)
+    if LAST >= QKV:
+        TILES: gl.constexpr = (H + 2 * G) * HALF // 8
+        n = _stream_weights(qkv, ring, full, empty, n, TILES, HALF, D, SLOTS)
+
+
+@gluon.jit
+def _await_phase(counter_ptr, opened, PHASE: gl.constexpr, FIRST: gl.constexpr):
+    """Until all programs have finished the phase before; of the first, the kernel before this."""
+    if PHASE > FIRST:
+        arrived = gl.atomic_add(counter_ptr + PHASE, 0, sem="acquire")
+        while arrived < gl.num_programs(0):
+            arrived = gl.atomic_add(counter_ptr + PHASE, 0, sem="acquire")
+    mbarrier.arrive(opened.index(PHASE), count=1)
+
+
+@gluon.jit
+def _fetch_inputs(
+    x_ptr, M, ring, full, empty, count,
+    TILES: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Rows of x: once if the ring holds them, else for each tile."""
+    layout: gl.constexpr = inputs_layout(R)
+    slab = gl.arange(0, L, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    row = gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    column = gl.arange(0, SLAB, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    pointers = x_ptr + row * K + (slab * SLAB + column)
+    mask = (row < M) & (slab >= 0) & (column >= 0)
+    turns = 1
+    if K // COLUMNS > SLOTS:
+        turns = gl.cdiv(TILES - gl.program_id(0), gl.num_programs(0))
+    for _ in range(turns):
+        for step in range(K // COLUMNS):
+            slot = count % SLOTS
+            mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+            async_copy.async_copy_global_to_shared(
+                ring.index(slot), pointers + step * COLUMNS, mask=mask
+            )
+            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+            count += 1
+    return count
+
+
+@gluon.jit
+def inputs_part(
+    attended_ptr, x_ptr, gated_ptr, counter_ptr, next_counter_ptr, M,
+    ring, full, empty, opened,
+    D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
+    R: gl.constexpr, SLOTS: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
+):  # fmt: skip
+    gdc_wait()
+    gdc_launch_dependents()
+    n = 0
+    if FIRST <= O_PROJ and LAST >= O_PROJ:
+        _await_phase(counter_ptr, opened, O_PROJ, FIRST)
+        n = _fetch_inputs(attended_ptr, M, ring, full, empty, n, D // 16, 2 * H * HALF, R, SLOTS)
+    if gl.program_id(0) == 0:
+        for i in gl.static_range(TICKETS + 1):
+            gl.store(next_counter_ptr + i, 0)
+    if FIRST <= GATE_UP and LAST >= GATE_UP:
+        _await_phase(counter_ptr, opened, GATE_UP, FIRST)
+        n = _fetch_inputs(x_ptr, M, ring, full, empty, n, F // 8, D, R, SLOTS)
+    if FIRST <= DOWN and LAST >= DOWN:
+        _await_phase(counter_ptr, opened, DOWN, FIRST)
+        n = _fetch_inputs(gated_ptr, M, ring, full, empty, n, D // 16, F, R, SLOTS)
+    if LAST >= QKV:
+        _await_phase(counter_ptr, opened, QKV, FIRST)
+        TILES: gl.constexpr = (H + 2 * G) * HALF // 8
+        n = _fetch_inputs(x_ptr, M, ring, full, empty, n, TILES, D, R, SLOTS)
