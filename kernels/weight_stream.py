@@ -23,9 +23,9 @@ slabs, neighbours first: an order made of K alone. Rows of x are columns of the 
 row knows of another, and which program makes which outputs is nothing to them.
 
 Programs wait for each other, so all must be resident: there are as many as multiprocessors, each
-takes all the shared memory of one, and the kernel before lets this one start only when all of its
-own programs run. Written in Gluon, as Triton itself copies nothing ahead across such a border; for
-Hopper, which alone it was measured on.
+takes nearly all the shared memory of one, the kernel before lets this one start only when all of
+its own programs run, and no two of these kernels may run at once (StreamedLayers.take_turn). In
+Gluon, as Triton's own pipelines end at such a border; for Hopper, which alone it was measured on.
 """
 
 from dataclasses import dataclass

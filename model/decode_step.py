@@ -339,7 +339,10 @@ class DecodeStep:
 
     def _run(self, T: int, tier: int, *, plain: bool) -> None:
         if self.x.is_cuda:
-            self._graph(T, tier, plain=plain).replay()
+            graph = self._graph(T, tier, plain=plain)
+            if self.streamed:
+                self.streamed.take_turn()
+            graph.replay()
         else:  # the interpreter
             self.launch(T, tier, plain=plain)
 

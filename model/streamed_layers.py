@@ -4,7 +4,7 @@ For whole models of plain dense layers that are wide enough, on Hopper; all othe
 of model/decode_step.py, one a product. Which way it is follows from configuration and device alone.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -45,6 +45,9 @@ def can_stream(config: ModelConfig, device: torch.device) -> bool:
 class StreamedLayers:
     """What DecodeStep launches in place of a layer's own kernels."""
 
+    # Where each device last replayed such a step: two at once could each hold half of it for good.
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+
     def __init__(self, step: "DecodeStep") -> None:
         rows, config = step.rows, step.config
         self.step = step
@@ -73,6 +76,15 @@ class StreamedLayers:
             if after is not None:
                 self._norm(after.input_layernorm, rows)
                 self._stream(layer, after, where, rows, T, qkv=True)
+
+    def take_turn(self) -> None:
+        """Before a replay: on another stream than the last one's, wait for what that one has."""
+        device = self.buffers.x.device
+        stream = torch.cuda.current_stream(device)
+        last = self._streams.setdefault(device, stream)
+        if last != stream:
+            stream.wait_stream(last)
+            self._streams[device] = stream
 
     def _norm(self, norm: RMSNorm, rows: int) -> None:
         """On the lower rungs of the ladder another kernel normalises."""
