@@ -5,9 +5,10 @@ heads, G key/value heads, K head size, E experts, V vocabulary.
 
 Five kernels a layer (norm + qkv + rotary + cache write; attention; output product + residual; norm
 + gate/up + SiLU; down product + residual), plus two for the router of a sparse layer; before them
-the embedding, after them norm + head + argmax. Every buffer is allocated once; lengths, positions
-and the running token live on the device. A graph is captured once per T, context tier and whether
-the step feeds the next: a tier is only the room of attention's grid, and bits depend on none of it.
+the embedding, after them norm + head + argmax. Wide dense layers take two on Hopper, attention and
+all the rest (model/streamed_layers.py). Every buffer is allocated once; lengths, positions and the
+running token live on the device. A graph is captured once per T, context tier and whether the step
+feeds the next: a tier is only the room of attention's grid, and bits depend on none of it.
 
     step = DecodeStep(model, cache)
     logits_BTV = step.forward(tokens_BT)           # decode or verify, as Transformer.decode
