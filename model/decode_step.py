@@ -194,7 +194,7 @@ class DecodeStep:
             partials=buffer(self.touched * D * padded, dtype=fp32),
             tickets=buffer(-(-D // ROWS) * padded // ROWS, dtype=int32),
         )
-        self.streamed = StreamedLayers(self) if can_stream(config, device) else None
+        self.streamed_layers = StreamedLayers(self) if can_stream(config, device) else None
         most_splits = self._tier(cache.capacity)
         sizes = [workspace_sizes(B, T, H, G, K, most_splits) for T in range(1, max(M // B, 1) + 1)]
         acc, extremes, tickets = map(max, zip(*sizes, strict=True))
@@ -341,8 +341,8 @@ class DecodeStep:
     def _run(self, T: int, tier: int, *, plain: bool) -> None:
         if self.x.is_cuda:
             graph = self._graph(T, tier, plain=plain)
-            if self.streamed:
-                self.streamed.take_turn()
+            if self.streamed_layers:
+                self.streamed_layers.take_turn()
             graph.replay()
         else:  # the interpreter
             self.launch(T, tier, plain=plain)
@@ -376,9 +376,9 @@ class DecodeStep:
             self.x, self.squares, self.positions, self.slots, self.tokens, self.lengths,
             model.model.embed_tokens.weight, rows=rows, rows_per_sequence=T, pdl=self.pdl,
         )  # fmt: skip
-        if self.streamed:
-            self.streamed.launch(rows, T, tier)
-        for index, layer in enumerate(model.model.layers if not self.streamed else ()):
+        if self.streamed_layers:
+            self.streamed_layers.launch(rows, T, tier)
+        for index, layer in enumerate(model.model.layers if not self.streamed_layers else ()):
             self._attention(layer, index, T, tier)
             if self.config.is_sparse(index):
                 self._experts(layer, self.experts[self.sparse.index(index)], rows)
