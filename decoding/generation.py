@@ -21,7 +21,8 @@ from draftnorm.decoding.sampling import checked
 from draftnorm.decoding.statistics import Chunk, Result, SpeculationStatistics
 from draftnorm.decoding.transcript import Transcript
 from draftnorm.model.cache import KVCache
-from draftnorm.model.decode_step import DecodeStep, open_step
+from draftnorm.model.decode_step import DecodeStep
+from draftnorm.model.open_step import open_step
 from draftnorm.model.tokenizer import Tokenizer
 from draftnorm.model.transformer import Transformer
 

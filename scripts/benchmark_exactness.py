@@ -33,7 +33,8 @@ from draftnorm.decoding.sampling import SamplingConfig
 from draftnorm.decoding.speculation import speculate
 from draftnorm.kernels.rms_norm import INTERPRETED
 from draftnorm.model.cache import KVCache
-from draftnorm.model.decode_step import DecodeStep, open_step
+from draftnorm.model.decode_step import DecodeStep
+from draftnorm.model.open_step import open_step
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import options, report, timing
 from draftnorm.scripts.benchmark_decode import benchmark_prompt

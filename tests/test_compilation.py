@@ -19,7 +19,7 @@ from triton.runtime import driver
 from draftnorm.kernels import decode_norm
 from draftnorm.kernels.compilation import OutOfResources, compile_kernels
 from draftnorm.kernels.sample import pack_settings
-from draftnorm.model import decode_step
+from draftnorm.model import decode_step, open_step
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.transformer import Transformer
@@ -110,7 +110,7 @@ def test_a_kernel_that_does_not_fit_is_an_error_at_its_first_launch(gpu) -> None
 def test_a_gpu_that_cannot_run_the_kernels_is_named_and_gets_the_readable_path(
     capability, dtype, out_of, said, monkeypatch, caplog
 ) -> None:
-    class Step(decode_step.ReadableStep):
+    class Step(open_step.ReadableStep):
         def __init__(self, model, cache, *, rows, vocabulary, settings) -> None:
             super().__init__(model, cache, vocabulary)
 
@@ -118,15 +118,15 @@ def test_a_gpu_that_cannot_run_the_kernels_is_named_and_gets_the_readable_path(
             if out_of:
                 raise out_of
 
-    monkeypatch.setattr(decode_step, "DecodeStep", Step)
+    monkeypatch.setattr(open_step, "DecodeStep", Step)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
     counters = dict(experts_touched=0, expert_layer_passes=0)
     model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, **counters)
     with caplog.at_level(logging.WARNING, "draftnorm"):
-        step = decode_step.open_step(model, None, blocks=(1,), lengths=range(1, 2))
+        step = open_step.open_step(model, None, blocks=(1,), lengths=range(1, 2))
     assert isinstance(step, Step) == (said is None)
-    assert isinstance(step, decode_step.ReadableStep)
+    assert isinstance(step, open_step.ReadableStep)
     assert ([said in record.getMessage() for record in caplog.records] or [None]) == [said and True]
 
 

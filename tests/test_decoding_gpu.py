@@ -15,8 +15,9 @@ from draftnorm.decoding.drafters import ModelDrafter
 from draftnorm.model import decode_step
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
-from draftnorm.model.decode_step import DecodeStep, open_step
+from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.memory import WORK
+from draftnorm.model.open_step import open_step
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts.shapes import SHAPES
 

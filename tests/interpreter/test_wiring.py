@@ -16,7 +16,7 @@ from draftnorm.decoding import drafters, generation
 from draftnorm.decoding.generation import generate
 from draftnorm.decoding.sampling import Sampler, SamplingConfig
 from draftnorm.decoding.speculation import speculate
-from draftnorm.model import decode_step
+from draftnorm.model import open_step
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
@@ -39,12 +39,12 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[DecodeStep]:
     """The steps that decoders opened, in order."""
     opened: list[DecodeStep] = []
 
-    def open_step(model, cache, *, vocabulary=None, settings=None, **_) -> DecodeStep:
+    def opened_step(model, cache, *, vocabulary=None, settings=None, **_) -> DecodeStep:
         opened.append(DecodeStep(model, cache, vocabulary=vocabulary, settings=settings))
         return opened[-1]
 
-    monkeypatch.setattr(generation, "open_step", open_step)
-    monkeypatch.setattr(drafters, "open_step", open_step)
+    monkeypatch.setattr(generation, "open_step", opened_step)
+    monkeypatch.setattr(drafters, "open_step", opened_step)
     return opened
 
 
@@ -85,7 +85,7 @@ def test_experts_are_counted_as_on_the_readable_path(request) -> None:
 def test_a_target_and_its_draft_may_decode_in_different_ways(steps, monkeypatch) -> None:
     """A target with fp32 weights, or too large for the kernels' tilings, has a small draft."""
     target, draft = tiny(1), tiny(2, head_size=12)
-    monkeypatch.setattr(generation, "open_step", decode_step.open_step)
+    monkeypatch.setattr(generation, "open_step", open_step.open_step)
     expected, lengths = readable(target, max_new_tokens=NEW)
     run = speculate(target, None, PROMPT, draft=draft, draft_length=2, max_new_tokens=NEW)
     assert len(steps) == 1 and not isinstance(run.decoder.engine, DecodeStep)
@@ -134,6 +134,17 @@ def test_a_draft_catches_up_with_what_it_was_not_asked_for(steps: list[DecodeSte
         late.catch_up(text[told : told + missed])
         ready.prefill(text[: told + missed])
         assert late.propose(4) == ready.propose(4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafts_reach_the_target_without_the_host(temperature: float, steps, monkeypatch) -> None:
+    target, draft = tiny(1), tiny(2)
+    options = dict(max_new_tokens=NEW, sampling=SamplingConfig(temperature=temperature, seed=1))
+    plain = generate(target, None, PROMPT, **options).result()
+    monkeypatch.delattr(drafters.ModelDrafter, "propose")
+    result = speculate(target, None, PROMPT, draft=draft, draft_length=3, **options).result()
+    assert result.token_ids == plain.token_ids
+    assert result.speculation.drafted > 0
 
 
 def test_ids_past_the_vocabulary_are_never_chosen(steps: list[DecodeStep]) -> None:

@@ -1,0 +1,57 @@
+"""Who decodes, asks here: a DecodeStep where its kernels run, and else a ReadableStep."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from draftnorm.kernels.compilation import OutOfResources, Progress
+from draftnorm.model.cache import KVCache
+from draftnorm.model.decode_step import ROWS, DecodeStep
+from draftnorm.model.readable_step import ReadableStep
+from draftnorm.model.transformer import Transformer
+
+logger = logging.getLogger("draftnorm")
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def open_step(
+    model: Transformer,
+    cache: KVCache,
+    *,
+    blocks: Sequence[int],
+    stream_blocks: Sequence[int] = (),
+    lengths: range,
+    settings: Tensor | None = None,
+    vocabulary: int | None = None,
+    progress: Progress | None = None,
+) -> "DecodeStep | ReadableStep":
+    """The way to decode with this empty cache: DecodeStep on a GPU that can run it.
+
+    It will be asked to `forward` blocks of so many tokens and to `stream` after others, at cache
+    `lengths`: what that needs is compiled and captured here. With `settings` (int64 [B, 7], see
+    `pack_settings`) a DecodeStep samples instead of taking the argmax. Ids from `vocabulary` on do
+    not exist. Which way it is follows from the device and the dtype alone, and a GPU that cannot
+    run the kernels is named in a warning.
+    """
+    device, dtype = model.device, model.dtype
+    if device.type != "cuda":
+        return ReadableStep(model, cache, vocabulary)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        reason = "the kernels need compute capability 8.0"
+    elif dtype not in DTYPES:
+        reason = f"the kernels take bfloat16 and float16, not {dtype}"
+    else:
+        rows = max([ROWS, *blocks])
+        step = DecodeStep(model, cache, rows=rows, vocabulary=vocabulary, settings=settings)
+        try:
+            step.prepare(blocks, stream_blocks, lengths, progress)
+            return step
+        except OutOfResources as error:  # less shared memory than a tiling was made for
+            reason = str(error)
+    logger.warning(
+        "decoding on %s with library calls, slower: %s", torch.cuda.get_device_name(device), reason
+    )
+    return ReadableStep(model, cache, vocabulary)
