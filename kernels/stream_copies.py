@@ -16,7 +16,8 @@ L = gl.constexpr(8)
 SLAB = gl.constexpr(64)
 COLUMNS = gl.constexpr(8 * 64)
 O_PROJ, GATE_UP, DOWN, QKV = (gl.constexpr(phase) for phase in range(4))
-TICKETS = gl.constexpr(4)  # the counter behind those of the phases
+TICKETS = gl.constexpr(0)  # the first counter; then, for each phase but the first, who may begin it
+COUNTED = gl.constexpr(4)  # the barrier behind those that open phases
 _FLIGHT = gl.constexpr(3)  # slots of weights under way; more would only queue, others behind them
 
 
@@ -42,20 +43,27 @@ def _stream_tile(
 
 @gluon.jit
 def _stream_tickets(
-    weight, ring, full, empty, tiles, ticket_ptr, opened, count,
+    weight, ring, full, empty, tiles, counter_ptr, opened, count,
     TILES: gl.constexpr, PAIRS: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
     FIRST: gl.constexpr,
 ):  # fmt: skip
-    """A phase of many tiles: multiprocessors are not equally fast, so each takes what it can."""
+    """A phase of many tiles: multiprocessors are not equally fast, so each takes what it can.
+
+    Every program draws until a ticket is one too many, so a launch draws `draws` of them, and the
+    counter need never be set back.
+    """
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     programs = gl.num_programs(0)
     dealt = gl.maximum(TILES // programs - 2, 1) * programs  # of the rest, tickets are drawn
+    draws = TILES - dealt + programs
     tile = gl.program_id(0)
     while tile < TILES:
         next_tile = tile + programs
         if next_tile >= dealt:
-            mbarrier.wait(opened.index(FIRST), 0)  # the kernel before this one has zeroed it
-            next_tile = dealt + gl.atomic_add(ticket_ptr, 1, sem="relaxed")
+            mbarrier.wait(opened.index(FIRST), 0)  # the kernel before this one draws no more
+            next_tile = dealt + (gl.atomic_add(counter_ptr + TICKETS, 1, sem="relaxed") % draws).to(
+                gl.int32
+            )
         slot = count % SLOTS
         mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
         tiles.index(slot).store(gl.full([1], tile, gl.int32, one))
@@ -81,7 +89,7 @@ def _stream_weights(
 
 @gluon.jit
 def weights_part(
-    o, gate_up, down, qkv, ring, full, empty, tiles, ticket_ptr, opened,
+    o, gate_up, down, qkv, ring, full, empty, tiles, counter_ptr, opened,
     D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
     FIRST: gl.constexpr, LAST: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -91,7 +99,7 @@ def weights_part(
         n = _stream_weights(o, ring, full, empty, n, D // 16, 8, K, SLOTS)
     if FIRST <= GATE_UP and LAST >= GATE_UP:
         n = _stream_tickets(
-            gate_up, ring, full, empty, tiles, ticket_ptr, opened, n, F // 8, F, D, SLOTS, FIRST,
+            gate_up, ring, full, empty, tiles, counter_ptr, opened, n, F // 8, F, D, SLOTS, FIRST,
         )  # fmt: skip
     if FIRST <= DOWN and LAST >= DOWN:
         n = _stream_weights(down, ring, full, empty, n, D // 16, 8, F, SLOTS)
@@ -101,13 +109,26 @@ def weights_part(
 
 
 @gluon.jit
-def _await_phase(counter_ptr, opened, PHASE: gl.constexpr, FIRST: gl.constexpr):
-    """Until all programs have finished the phase before; of the first, the kernel before this."""
+def _await_phase(counter_ptr, opened, target, PHASE: gl.constexpr, FIRST: gl.constexpr):
+    """Until all programs have finished the phase before. The first one is open already."""
     if PHASE > FIRST:
         arrived = gl.atomic_add(counter_ptr + PHASE, 0, sem="acquire")
-        while arrived < gl.num_programs(0):
+        while arrived < target:
             arrived = gl.atomic_add(counter_ptr + PHASE, 0, sem="acquire")
-    mbarrier.arrive(opened.index(PHASE), count=1)
+        mbarrier.arrive(opened.index(PHASE), count=1)
+
+
+@gluon.jit
+def _target(counter_ptr, PHASE: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr):
+    """Where a phase's counter stands when all programs have come to it, read before this one has.
+
+    Counters only grow, by the number of programs a launch.
+    """
+    target = gl.to_tensor(0).to(gl.int64)
+    if PHASE > FIRST and PHASE <= LAST:
+        programs = gl.num_programs(0)
+        target = (gl.load(counter_ptr + PHASE, volatile=True) // programs + 1) * programs
+    return target
 
 
 @gluon.jit
@@ -139,27 +160,28 @@ def _fetch_inputs(
 
 @gluon.jit
 def inputs_part(
-    attended_ptr, x_ptr, gated_ptr, counter_ptr, next_counter_ptr, M,
+    attended_ptr, x_ptr, gated_ptr, counter_ptr, M,
     ring, full, empty, opened,
     D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
     R: gl.constexpr, SLOTS: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
     gdc_launch_dependents()
+    mbarrier.arrive(opened.index(FIRST), count=1)
     n = 0
     if FIRST <= O_PROJ and LAST >= O_PROJ:
-        _await_phase(counter_ptr, opened, O_PROJ, FIRST)
         n = _fetch_inputs(attended_ptr, M, ring, full, empty, n, D // 16, 2 * H * HALF, R, SLOTS)
-    if gl.program_id(0) == 0:
-        for i in gl.static_range(TICKETS + 1):
-            gl.store(next_counter_ptr + i, 0)
+    gate_up = _target(counter_ptr, GATE_UP, FIRST, LAST)
+    down = _target(counter_ptr, DOWN, FIRST, LAST)
+    qkv = _target(counter_ptr, QKV, FIRST, LAST)
+    mbarrier.arrive(opened.index(COUNTED), count=1)
     if FIRST <= GATE_UP and LAST >= GATE_UP:
-        _await_phase(counter_ptr, opened, GATE_UP, FIRST)
+        _await_phase(counter_ptr, opened, gate_up, GATE_UP, FIRST)
         n = _fetch_inputs(x_ptr, M, ring, full, empty, n, F // 8, D, R, SLOTS)
     if FIRST <= DOWN and LAST >= DOWN:
-        _await_phase(counter_ptr, opened, DOWN, FIRST)
+        _await_phase(counter_ptr, opened, down, DOWN, FIRST)
         n = _fetch_inputs(gated_ptr, M, ring, full, empty, n, D // 16, F, R, SLOTS)
     if LAST >= QKV:
-        _await_phase(counter_ptr, opened, QKV, FIRST)
+        _await_phase(counter_ptr, opened, qkv, QKV, FIRST)
         TILES: gl.constexpr = (H + 2 * G) * HALF // 8
         n = _fetch_inputs(x_ptr, M, ring, full, empty, n, TILES, D, R, SLOTS)

@@ -46,12 +46,12 @@ from draftnorm.kernels.projection import Rotary
 from draftnorm.kernels.rms_norm import rms_norm_reference
 from draftnorm.kernels.stream_copies import (
     COLUMNS,
+    COUNTED,
     DOWN,
     GATE_UP,
     O_PROJ,
     QKV,
     SLAB,
-    TICKETS,
     L,
     inputs_part,
     weights_part,
@@ -69,7 +69,7 @@ from draftnorm.kernels.stream_layouts import (
 
 ROWS = 16  # the most rows of a launch
 WIDTH = 2 * COLUMNS.value  # D, F and H · K are multiples of it
-COUNTERS = 8  # int32 of a launch: programs that have ended each phase, tickets, room
+COUNTERS = 4  # int64: tickets, and for each phase but the first the programs that came to it
 SHARED_MEMORY = 232448  # bytes of one program on Hopper
 REGISTERS = 80  # a thread, so that a program of attention fits beside
 _MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [8, 1, 1], [1, 16, 8]))
@@ -149,12 +149,13 @@ def _product(w, x, counts, rstd, scales, K: gl.constexpr, R: gl.constexpr, HELD:
 
 @gluon.jit
 def _finish_phase(
-    x, counts, counter_ptr,
+    x, counts, counter_ptr, opened,
     K: gl.constexpr, HELD: gl.constexpr, PHASE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     """Let the rows go, and tell all programs that this one's outputs are there."""
     count, x_count = counts
     if PHASE < LAST:
+        mbarrier.wait(opened.index(COUNTED), 0)
         _barrier()  # every thread's share is written before the counter says so
         gl.atomic_add(counter_ptr + PHASE + 1, 1, sem="release")
     if HELD:
@@ -201,7 +202,7 @@ def _residual_phase(
         squares = gl.reshape(sum_neighbours(gl.reshape(squares, [1, R, 16]), 4), [R])
         node_row = gl.arange(0, R, squares.type.layout)
         gl.store(squares_ptr + node_row * (D // 16) + tile, squares, mask=node_row < M)
-    return _finish_phase(x, counts, counter_ptr, K, HELD, PHASE, LAST)
+    return _finish_phase(x, counts, counter_ptr, opened, K, HELD, PHASE, LAST)
 
 
 @gluon.jit
@@ -247,7 +248,7 @@ def _gated_phase(
         tile = _next_tile(w, tiles, counts)
     mbarrier.arrive(w[2].index(counts[0] % w[3]), count=1)
     counts = (counts[0] + 1, counts[1])
-    return _finish_phase(x, counts, counter_ptr, D, True, GATE_UP, LAST)
+    return _finish_phase(x, counts, counter_ptr, opened, D, True, GATE_UP, LAST)
 
 
 @gluon.jit
@@ -335,7 +336,7 @@ def _products_part(
 @gluon.jit(do_not_specialize=["M", "first_row", "T", "S", "eps", "next_eps"])
 def _weight_stream_kernel(
     o, gate_up, down, qkv, attended_ptr, x_ptr, gated_ptr, normed_ptr,
-    squares_ptr, norm_ptr, next_norm_ptr, counter_ptr, next_counter_ptr,
+    squares_ptr, norm_ptr, next_norm_ptr, counter_ptr,
     q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr,
     M, first_row, T, S, eps, next_eps,
     D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
@@ -351,7 +352,7 @@ def _weight_stream_kernel(
     x_ring = gl.allocate_shared_memory(dtype, [X_SLOTS, L, R, SLAB], _INPUTS)
     x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], barrier)
     x_empty = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], barrier)
-    opened = gl.allocate_shared_memory(gl.int64, [4, 1], barrier)
+    opened = gl.allocate_shared_memory(gl.int64, [5, 1], barrier)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     scales = gl.allocate_shared_memory(dtype, [D // COLUMNS, L, SLAB], plain)
     for i in gl.static_range(SLOTS):
@@ -360,7 +361,7 @@ def _weight_stream_kernel(
     for i in gl.static_range(X_SLOTS):
         mbarrier.init(x_full.index(i), count=32 * INPUT_WARPS)
         mbarrier.init(x_empty.index(i), count=1)
-    for i in gl.static_range(4):
+    for i in gl.static_range(5):
         mbarrier.init(opened.index(i), count=1)
     # With a norm the inputs are what the products wrote; else another kernel has normalised them.
     in_ptr = x_ptr if NORM else normed_ptr
@@ -379,14 +380,14 @@ def _weight_stream_kernel(
             (
                 inputs_part,
                 (
-                    attended_ptr, in_ptr, gated_ptr, counter_ptr, next_counter_ptr, M,
-                    x_ring, x_full, x_empty, opened, D, F, H, G, HALF, R, X_SLOTS, FIRST, LAST,
+                    attended_ptr, in_ptr, gated_ptr, counter_ptr, M, x_ring, x_full, x_empty,
+                    opened, D, F, H, G, HALF, R, X_SLOTS, FIRST, LAST,
                 ),
             ),
             (
                 weights_part,
                 (
-                    o, gate_up, down, qkv, ring, full, empty, tiles, counter_ptr + TICKETS, opened,
+                    o, gate_up, down, qkv, ring, full, empty, tiles, counter_ptr, opened,
                     D, F, H, G, HALF, FIRST, LAST, SLOTS,
                 ),
             ),
@@ -406,7 +407,7 @@ class StreamBuffers:
     gated: Tensor  # [M, F]
     attended: Tensor  # [M, H · K]
     q: Tensor  # [M, H, K]
-    counters: Tensor  # of three launches, zeroed int32 [3, 8]
+    counters: Tensor  # int64 [COUNTERS], zero at first: all launches of one stream share them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -440,7 +441,6 @@ def stream_layer(
     *,
     rows: int,
     first_row: int,
-    index: int,
     rotary: Rotary,
     fused: bool,
     pdl: dict[str, bool],
@@ -448,9 +448,8 @@ def stream_layer(
     """Launch the phases whose weights are there, on up to 16 rows from `first_row` on.
 
     `x` is `buffers.x`, which o and down add to; q of the next layer goes to `buffers.q`, its keys
-    and values where `rotary` says. `index` counts the launches of a step, whose first must be of
-    qkv alone; `fused` normalises the inputs of gate/up and qkv, else `buffers.normed` has them
-    already, and no launch may need both. Nothing is allocated.
+    and values where `rotary` says. `fused` normalises the inputs of gate/up and qkv, else
+    `buffers.normed` has them already, and no launch may need both. Nothing is allocated.
     """
     end = first_row + rows
     D, F, (_, H, K) = x.shape[1], buffers.gated.shape[1], buffers.q.shape
@@ -468,11 +467,10 @@ def stream_layer(
     tiles = [_tiles_of(*phases[min(max(phase, used[0]), used[-1])]) for phase in phases]
     norm, eps = weights.norm or (x, 0.0)
     next_norm, next_eps = weights.next_norm or (x, 0.0)
-    counters = buffers.counters
     _weight_stream_kernel[(torch.cuda.get_device_properties(x.device).multi_processor_count,)](
         *tiles, buffers.attended[first_row:end], x[first_row:end], buffers.gated[first_row:end],
         buffers.normed[first_row:end], buffers.squares[first_row:end], norm, next_norm,
-        counters[index % len(counters)], counters[(index + 1) % len(counters)],
+        buffers.counters,
         buffers.q[first_row:end], rotary.keys, rotary.values, rotary.cos, rotary.sin,
         rotary.positions_M[first_row:end], rotary.slots_M[first_row:end],
         rows, first_row, rotary.rows_per_sequence, S, eps, next_eps,

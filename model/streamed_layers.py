@@ -55,12 +55,12 @@ class StreamedLayers:
         self.buffers = StreamBuffers(
             x=step.x, squares=step.squares, normed=step.normed, q=step.q,
             gated=gated.view(rows, -1), attended=step.attended.view(rows, -1),
-            counters=torch.zeros(3, COUNTERS, dtype=torch.int32, device=step.x.device),
+            counters=torch.zeros(COUNTERS, dtype=torch.int64, device=step.x.device),
         )  # fmt: skip
 
     def launch(self, rows: int, T: int, tier: int) -> None:
         """Enqueue all layers of a step of `rows` rows, T a sequence."""
-        self._index, step = 0, self.step
+        step = self.step
         layers = list(step.model.model.layers)
         self._norm(layers[0].input_layernorm, rows)
         self._stream(None, layers[0], 0, rows, T, qkv=True)
@@ -115,10 +115,9 @@ class StreamedLayers:
         for first_row in range(0, rows, ROWS):
             stream_layer(
                 self.buffers.x, weights, self.buffers, rows=min(ROWS, rows - first_row),
-                first_row=first_row, index=self._index, rotary=rotary,
+                first_row=first_row, rotary=rotary,
                 fused=step.norm == "fused", pdl=step.pdl,
             )  # fmt: skip
-            self._index += 1
 
 
 def _norm_of(norm: RMSNorm) -> tuple[torch.Tensor, float]:
