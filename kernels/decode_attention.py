@@ -437,8 +437,7 @@ def decode_attention(
     `positions_M` int32: rows of one sequence are neighbours, in order of position. `splits` is the
     room of the grid, count_splits(largest position + 1) or more. With `path_slots` int32 [B, N]
     and `path_start` int32 [B], B paths share the cache of one sequence. `eager` starts the next
-    kernel at once: that must wait for this one before it reads what any kernel wrote. Nothing is
-    allocated.
+    kernel at once: before its wait that may touch nothing but weights. Nothing is allocated.
     """
     _, H, K = q_MHK.shape
     _, G, S, _ = keys.shape

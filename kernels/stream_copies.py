@@ -127,7 +127,8 @@ def _target(counter_ptr, PHASE: gl.constexpr, FIRST: gl.constexpr, LAST: gl.cons
     target = gl.to_tensor(0).to(gl.int64)
     if PHASE > FIRST and PHASE <= LAST:
         programs = gl.num_programs(0)
-        target = (gl.load(counter_ptr + PHASE, volatile=True) // programs + 1) * programs
+        now = gl.atomic_add(counter_ptr + PHASE, 0, sem="relaxed")  # by one thread, for all alike
+        target = (now // programs + 1) * programs
     return target
 
 
@@ -166,7 +167,7 @@ def inputs_part(
     R: gl.constexpr, SLOTS: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
-    gdc_launch_dependents()
+    gdc_launch_dependents()  # not before: attention, which is next, reads what this waited for
     mbarrier.arrive(opened.index(FIRST), count=1)
     n = 0
     if FIRST <= O_PROJ and LAST >= O_PROJ:

@@ -1,8 +1,9 @@
 """Everything between one attention and the next in a single kernel whose weights never pause.
 
 Its phases: o product + residual; norm + gate/up + SiLU · u; down product + residual; norm + qkv +
-rotary of the next layer. Legend: M rows, R rows of a tile, K inputs, N outputs, F feed-forward
-width, D hidden size, H query heads, G key/value heads, S cache slots, L = 8 slabs of K, one a warp.
+rotary of the next layer. Legend: M rows, R rows of a tile (absent ones are zeros), T rows of a
+sequence, K inputs, N outputs, F feed-forward width, D hidden size, H query heads, G key/value heads
+of 2 · HALF, S cache slots, L = 8 slabs of K, one a warp, NODES sums of squares of 16 columns.
 
 As kernels of their own, each of these products waits at its start for rows that the one before it
 has just written, and meanwhile no weight is on its way: 2 to 2.5 µs a border. Here one program a
@@ -24,8 +25,9 @@ row knows of another, and which program makes which outputs is nothing to them.
 
 Programs wait for each other, so all must be resident: there are as many as multiprocessors, each
 takes nearly all the shared memory of one, the kernel before lets this one start only when all of
-its own programs run, and no two of these kernels may run at once (StreamedLayers.take_turn). In
-Gluon, as Triton's own pipelines end at such a border; for Hopper, which alone it was measured on.
+its own programs run, and no two of these kernels may come from different streams, or from processes
+under MPS, at once (StreamedLayers.replay sees to the streams of a process). In Gluon, as Triton's
+own pipelines end at such a border; for Hopper, and measured on an H200 alone.
 """
 
 from dataclasses import dataclass
@@ -67,7 +69,7 @@ from draftnorm.kernels.stream_layouts import (
     tile_layout,
 )
 
-ROWS = 16  # the most rows of a launch
+ROWS = 16  # the most rows of a kernel
 WIDTH = 2 * COLUMNS.value  # D, F and H · K are multiples of it
 COUNTERS = 4  # int64: tickets, and for each phase but the first the programs that came to it
 SHARED_MEMORY = 232448  # bytes of one program on Hopper
@@ -435,27 +437,23 @@ def ring_slots(D: int, rows: int) -> tuple[int, int]:
 
 
 def stream_layer(
-    x: Tensor,
     weights: StreamWeights,
     buffers: StreamBuffers,
     *,
     rows: int,
-    first_row: int,
     rotary: Rotary,
     fused: bool,
     pdl: dict[str, bool],
 ) -> None:
-    """Launch the phases whose weights are there, on up to 16 rows from `first_row` on.
+    """Launch the phases whose weights are there, for each 16 of `rows` rows.
 
-    `x` is `buffers.x`, which o and down add to; q of the next layer goes to `buffers.q`, its keys
-    and values where `rotary` says. `fused` normalises the inputs of gate/up and qkv, else
-    `buffers.normed` has them already, and no launch may need both. Nothing is allocated.
+    o and down add to `buffers.x`; q of the next layer goes to `buffers.q`, its keys and values
+    where `rotary` says. `fused` normalises the inputs of gate/up and qkv; else `buffers.normed` has
+    them already, so no launch may need both. Nothing is allocated.
     """
-    end = first_row + rows
+    x = buffers.x
     D, F, (_, H, K) = x.shape[1], buffers.gated.shape[1], buffers.q.shape
     _, G, S, _ = rotary.keys.shape
-    R = 8 if rows <= 8 else ROWS
-    slots, input_slots = ring_slots(D, rows)
     phases = {
         O_PROJ.value: (weights.o, 8),
         GATE_UP.value: (weights.gate_up, F),
@@ -464,20 +462,24 @@ def stream_layer(
     }
     used = [phase for phase, (weight, _) in phases.items() if weight is not None]
     assert used == list(range(used[0], used[-1] + 1)), "phases of a launch are neighbours"
+    assert fused or weights.gate_up is None or weights.qkv is None
     tiles = [_tiles_of(*phases[min(max(phase, used[0]), used[-1])]) for phase in phases]
     norm, eps = weights.norm or (x, 0.0)
     next_norm, next_eps = weights.next_norm or (x, 0.0)
-    _weight_stream_kernel[(torch.cuda.get_device_properties(x.device).multi_processor_count,)](
-        *tiles, buffers.attended[first_row:end], x[first_row:end], buffers.gated[first_row:end],
-        buffers.normed[first_row:end], buffers.squares[first_row:end], norm, next_norm,
-        buffers.counters,
-        buffers.q[first_row:end], rotary.keys, rotary.values, rotary.cos, rotary.sin,
-        rotary.positions_M[first_row:end], rotary.slots_M[first_row:end],
-        rows, first_row, rotary.rows_per_sequence, S, eps, next_eps,
-        D, F, H, G, K // 2, R, max(triton.next_power_of_2(D // SQUARES), 32), used[0], used[-1],
-        slots, input_slots, fused,
-        num_warps=8, maxnreg=REGISTERS, launch_pdl=pdl.get("launch_pdl", False),
-    )  # fmt: skip
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    for first in range(0, rows, ROWS):
+        M = min(ROWS, rows - first)
+        R = 8 if M <= 8 else ROWS
+        of_rows = (buffers.attended, x, buffers.gated, buffers.normed, buffers.squares)
+        _weight_stream_kernel[(programs,)](
+            *tiles, *(buffer[first:] for buffer in of_rows), norm, next_norm, buffers.counters,
+            buffers.q[first:], rotary.keys, rotary.values, rotary.cos, rotary.sin,
+            rotary.positions_M[first:], rotary.slots_M[first:],
+            M, first, rotary.rows_per_sequence, S, eps, next_eps,
+            D, F, H, G, K // 2, R, max(triton.next_power_of_2(D // SQUARES), 32),
+            used[0], used[-1], *ring_slots(D, M), fused,
+            num_warps=8, maxnreg=REGISTERS, launch_pdl=pdl.get("launch_pdl", False),
+        )  # fmt: skip
 
 
 def _tiles_of(weight_NK: Tensor, pairs: int) -> TensorDescriptor:

@@ -5,10 +5,11 @@ heads, G key/value heads, K head size, E experts, V vocabulary.
 
 Five kernels a layer (norm + qkv + rotary + cache write; attention; output product + residual; norm
 + gate/up + SiLU; down product + residual), plus two for the router of a sparse layer; before them
-the embedding, after them norm + head + argmax. Wide dense layers take two on Hopper, attention and
-all the rest (model/streamed_layers.py). Every buffer is allocated once; lengths, positions and the
-running token live on the device. A graph is captured once per T, context tier and whether the step
-feeds the next: a tier is only the room of attention's grid, and bits depend on none of it.
+the embedding, after them norm + head + argmax. On Hopper dense layers of 2,048 to 4,096 take two,
+attention and all the rest (model/streamed_layers.py). Every buffer is allocated once; lengths,
+positions and the running token live on the device. A graph is captured once per T, context tier and
+whether the step feeds the next: a tier is only the room of attention's grid, and bits depend on
+none of it.
 
     step = DecodeStep(model, cache)
     logits_BTV = step.forward(tokens_BT)           # decode or verify, as Transformer.decode
@@ -148,7 +149,7 @@ class DecodeStep:
             partials=buffer(self.touched * D * padded, dtype=fp32),
             tickets=buffer(-(-D // ROWS) * padded // ROWS, dtype=int32),
         )
-        self.streamed_layers = StreamedLayers(self) if can_stream(config, device) else None
+        self.streamed_layers = StreamedLayers(self) if can_stream(config, dtype, device) else None
         most_splits = self._tier(cache.capacity)
         sizes = [workspace_sizes(B, T, H, G, K, most_splits) for T in range(1, max(M // B, 1) + 1)]
         acc, extremes, tickets = map(max, zip(*sizes, strict=True))
@@ -181,6 +182,7 @@ class DecodeStep:
                 self.model.prefill([0] * count, self.cache)
                 self.cache.rollback(0)
 
+        self._synchronize()  # launches below are no replays, which take turns
         start = time.perf_counter()
         compile_kernels(launch_all, progress)
         self._synchronize()
@@ -334,8 +336,9 @@ class DecodeStep:
         if self.x.is_cuda:
             graph = self._graph(T, tier, plain=plain)
             if self.streamed_layers:
-                self.streamed_layers.take_turn()
-            graph.replay()
+                self.streamed_layers.replay(graph)
+            else:
+                graph.replay()
         else:  # the interpreter
             self.launch(T, tier, plain=plain)
 

@@ -1,9 +1,11 @@
 """The layers of a decode step by kernels/weight_stream.py: two kernels a layer, attention and it.
 
-For whole models of plain dense layers that are wide enough, on Hopper; all others take the kernels
-of model/decode_step.py, one a product. Which way it is follows from configuration and device alone.
+For models of plain dense layers 2,048 to 4,096 wide on Hopper (`can_stream`); all others take the
+kernels of model/decode_step.py, one a product. Which way it is follows from configuration, dtype
+and device alone.
 """
 
+from threading import Lock
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -26,11 +28,19 @@ if TYPE_CHECKING:
     from draftnorm.model.decode_step import DecodeStep
 
 LEAST_WIDTH = 2048  # narrower layers are faster with a kernel a product (NOTES.md)
+LEAST_SLOTS = 4  # three under way and one in use
 
 
-def can_stream(config: ModelConfig, device: torch.device) -> bool:
-    """Whether this model goes this way on this device."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+def can_stream(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this model goes this way on this device.
+
+    The rows of a wider one would leave too little of the shared memory to its weights.
+    """
+    if (
+        dtype.itemsize != 2
+        or device.type != "cuda"
+        or torch.cuda.get_device_capability(device)[0] != 9
+    ):
         return False
     biases = config.qkv_bias or config.output_bias or config.mlp_bias
     if config.num_experts or config.qk_norm or biases:
@@ -39,7 +49,7 @@ def can_stream(config: ModelConfig, device: torch.device) -> bool:
     widths = D, config.intermediate_size, config.num_heads * K
     if any(width % WIDTH for width in widths) or K % 16 or D < LEAST_WIDTH:
         return False
-    return ring_slots(D, ROWS)[0] >= 4
+    return ring_slots(D, ROWS)[0] >= LEAST_SLOTS
 
 
 class StreamedLayers:
@@ -47,6 +57,7 @@ class StreamedLayers:
 
     # Where each device last replayed such a step: two at once could each hold half of it for good.
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+    _lock: ClassVar[Lock] = Lock()
 
     def __init__(self, step: "DecodeStep") -> None:
         rows, config = step.rows, step.config
@@ -77,14 +88,16 @@ class StreamedLayers:
                 self._norm(after.input_layernorm, rows)
                 self._stream(layer, after, where, rows, T, qkv=True)
 
-    def take_turn(self) -> None:
-        """Before a replay: on another stream than the last one's, wait for what that one has."""
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Replay a step; on another stream than the last one's, behind all that one has."""
         device = self.buffers.x.device
-        stream = torch.cuda.current_stream(device)
-        last = self._streams.setdefault(device, stream)
-        if last != stream:
-            stream.wait_stream(last)
-            self._streams[device] = stream
+        with self._lock:
+            stream = torch.cuda.current_stream(device)
+            last = self._streams.setdefault(device, stream)
+            if last != stream:
+                stream.wait_stream(last)
+                self._streams[device] = stream
+            graph.replay()
 
     def _norm(self, norm: RMSNorm, rows: int) -> None:
         """On the lower rungs of the ladder another kernel normalises."""
@@ -112,12 +125,10 @@ class StreamedLayers:
             next_norm=_norm_of(after.input_layernorm) if qkv else None,
             qkv=after.self_attn.qkv_proj.weight if qkv else None,
         )
-        for first_row in range(0, rows, ROWS):
-            stream_layer(
-                self.buffers.x, weights, self.buffers, rows=min(ROWS, rows - first_row),
-                first_row=first_row, rotary=rotary,
-                fused=step.norm == "fused", pdl=step.pdl,
-            )  # fmt: skip
+        stream_layer(
+            weights, self.buffers, rows=rows, rotary=rotary, fused=step.norm == "fused",
+            pdl=step.pdl,
+        )  # fmt: skip
 
 
 def _norm_of(norm: RMSNorm) -> tuple[torch.Tensor, float]:

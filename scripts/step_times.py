@@ -25,7 +25,7 @@ from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import timing
 from draftnorm.scripts.timing import progress
 
-# What a step launches its kernels with, and where; each takes its result first.
+# What a step launches its kernels with, and where.
 LAUNCHERS = {
     decode_step: ("embed", "normalize", "project", "decode_attention", "route_rows", "choose"),
     streamed_layers: ("stream_layer",),
@@ -184,7 +184,7 @@ def observe_step(step: DecodeStep, rows: int, observe: Callable[[Launch], None])
         function = getattr(module, name)
 
         def launch(*arguments: Any, **settings: Any) -> None:
-            kind, read_bytes = name, 0
+            kind, read_bytes, out = name, 0, arguments[0]
             if name == "project":
                 weight = arguments[2]
                 kind = names.get(weight.data_ptr(), "head")
@@ -192,14 +192,16 @@ def observe_step(step: DecodeStep, rows: int, observe: Callable[[Launch], None])
                 if settings.get("experts"):  # of one row
                     read_bytes = weight[0].nbytes * step.config.experts_per_token
             elif name == "stream_layer":
-                weights = arguments[1].products()
-                kind = ", ".join(names[weight.data_ptr()] for weight in weights)
-                read_bytes = sum(weight.nbytes for weight in weights)
+                weights, buffers = arguments
+                products = weights.products()
+                kind = ", ".join(names[weight.data_ptr()] for weight in products)
+                read_bytes = sum(weight.nbytes for weight in products)
+                out = buffers.q if weights.o is weights.down is None else buffers.x
             elif name == "decode_attention":
                 positions = min(length, settings.get("window") or length)
                 read_bytes = 2 * arguments[2][0, :, 0].nbytes * positions
             call = partial(function, *arguments, **settings)
-            observe(Launch(kind=kind, bytes=read_bytes, out=arguments[0], call=call))
+            observe(Launch(kind=kind, bytes=read_bytes, out=out, call=call))
 
         return launch
 
