@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 from draftnorm.kernels import stream_copies, stream_layouts, weight_stream
 
 PATIENCE = 30.0  # seconds that a wait may take
+CONSTANTS = "L SLAB COLUMNS TICKETS COUNTED _FLIGHT O_PROJ GATE_UP DOWN QKV".split()
 COPY_THREADS = 64  # of the part that copies rows, each of which arrives
 
 
@@ -138,7 +139,7 @@ class Emulator:
             zeros_like=torch.zeros_like, load=load, store=store, atomic_add=self.atomic_add,
             permute=lambda x, order: x.permute(tuple(order)), fma=fma, rsqrt=torch.rsqrt,
             reshape=lambda x, shape: x.reshape(tuple(shape)), exp=torch.exp,
-            split=lambda x: x.unbind(-1), convert_layout=lambda x, _: x, to_tensor=lambda x: x,
+            split=lambda x: x.unbind(-1), convert_layout=lambda x, _: x, to_tensor=torch.as_tensor,
             max=lambda x, axis: int(x.max(axis)[0]), warp_specialize=self.specialize,
             allocate_shared_memory=self.allocate,
         )  # fmt: skip
@@ -154,10 +155,9 @@ class Emulator:
         for module in (weight_stream, stream_copies):
             patch.setattr(module, "mbarrier", barriers)
             patch.setattr(module, "gdc_wait", none)
-            for name in ("L", "SLAB", "COLUMNS", "TICKETS", "O_PROJ", "GATE_UP", "DOWN", "QKV"):
+            for name in CONSTANTS:
                 if name in vars(module):
                     patch.setattr(module, name, Constant(getattr(stream_copies, name)))
-        patch.setattr(stream_copies, "_FLIGHT", Constant(stream_copies._FLIGHT))
         patch.setattr(stream_copies, "gdc_launch_dependents", none)
         patch.setattr(stream_copies, "tma", SimpleNamespace(async_copy_global_to_shared=bulk_copy))
         copies = SimpleNamespace(
@@ -210,13 +210,13 @@ class Emulator:
     def specialize(self, parts: list[tuple[Callable, tuple]], *_: object) -> None:
         self.together([(part, arguments, self.here.program) for part, arguments in parts])
 
-    def atomic_add(self, pointer: Pointer, value: int, sem: str) -> int:
+    def atomic_add(self, pointer: Pointer, value: int, sem: str) -> Tensor:
         if value == 0:  # somebody waits
             time.sleep(0.0005)
             if time.monotonic() > self.here.deadline:
                 raise TimeoutError("a counter in global memory")
         with self.lock:
-            before = int(pointer.memory[pointer.offset])
+            before = pointer.memory[pointer.offset].clone()
             pointer.memory[pointer.offset] += value
         return before
 

@@ -14,6 +14,7 @@ from torch.nn.functional import silu
 from draftnorm.kernels.projection import Rotary
 from draftnorm.kernels.rms_norm import rms_norm_forward
 from draftnorm.kernels.weight_stream import (
+    COUNTERS,
     StreamBuffers,
     StreamWeights,
     stream_layer,
@@ -88,7 +89,7 @@ def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     sums = torch.nn.functional.pad(sums, (0, -sums.shape[1] % 256))
     while sums.shape[1] > 1:
         sums = sums[:, 0::2] + sums[:, 1::2]
-    rstd = torch.rsqrt((sums.double() / x.shape[1] + eps).float())
+    rstd = torch.rsqrt((sums.double() / x.shape[1] + torch.tensor(eps).double()).float())
     return ((x.float() * rstd).to(x.dtype).float() * weight.float()).to(x.dtype)
 
 
@@ -109,7 +110,7 @@ class Run:
         self.buffers = StreamBuffers(
             x=marked(D), squares=marked(D // 16, dtype=torch.float32), normed=marked(D),
             gated=marked(F), attended=marked(H * K), q=marked(H, K),
-            counters=torch.zeros(3, 8, dtype=torch.int32, device=shape.device),
+            counters=torch.zeros(COUNTERS, dtype=torch.int64, device=shape.device),
         )  # fmt: skip
         self.buffers.x[:M], self.buffers.attended[:M] = x, attended
         self.buffers.gated[:M] = gated
@@ -125,13 +126,11 @@ class Run:
             slots_M=places.int(), rows_per_sequence=T, keys=cache[0], values=cache[1],
         )  # fmt: skip
 
-    def launch(self, phases: tuple[str, ...], index: int = 0, *, fused: bool = True) -> "Run":
+    def launch(self, phases: tuple[str, ...], *, fused: bool = True) -> "Run":
         chosen = StreamWeights(**{name: getattr(self.weights, name) for name in phases})
-        for first_row in range(0, self.rows, 16):
-            rows = min(16, self.rows - first_row)
-            stream_layer(self.buffers.x, chosen, self.buffers, rows=rows, first_row=first_row,
-                         index=index, rotary=self.rotary, fused=fused, pdl=self.pdl)  # fmt: skip
-            index += 1
+        stream_layer(
+            chosen, self.buffers, rows=self.rows, rotary=self.rotary, fused=fused, pdl=self.pdl
+        )
         return self
 
     def kv(self) -> Tensor:
@@ -224,7 +223,7 @@ def check_layer(shape: Shape, weights: StreamWeights, M: int) -> None:
     x, attended, gated = inputs(shape, M)
     T = 5 if M % 5 == 0 else 1
     run = Run(shape, weights, x, attended, torch.full_like(gated, torch.nan), T=T)
-    run.launch(PHASES["layer"], index=1)
+    run.launch(PHASES["layer"])
     wide = {
         key: (getattr(weights, key)[0].double(), EPS)
         if "norm" in key
@@ -255,9 +254,9 @@ def check_places(shape: Shape, weights: StreamWeights, T: int, M: int) -> None:
     generator = torch.Generator().manual_seed(T)
     slots = [torch.randperm(CAPACITY, generator=generator)[:T] for _ in range(M // T)]
     run = Run(shape, weights, *inputs(shape, M), T=T, places=torch.cat(slots))
-    run.launch(PHASES["layer"], index=1)
+    run.launch(PHASES["layer"])
     straight = Run(shape, weights, *inputs(shape, M), places=torch.cat(slots))
-    straight.launch(PHASES["layer"], index=1)
+    straight.launch(PHASES["layer"])
     assert torch.equal(run.kv(), straight.kv())
     assert not (run.kv() == UNTOUCHED).all(-1).any()
     sequences = torch.arange(M, device=shape.device) // T
@@ -273,17 +272,14 @@ def check_places(shape: Shape, weights: StreamWeights, T: int, M: int) -> None:
 def check_pieces(shape: Shape, weights: StreamWeights, M: int) -> None:
     """A layer in pieces has the bits of the whole, as on the lower rungs of the ladder."""
     x, attended, gated = inputs(shape, M)
-    expected = Run(shape, weights, x, attended, gated).launch(PHASES["layer"], index=1).outputs()
+    whole = Run(shape, weights, x, attended, gated).launch(PHASES["layer"])
     for pdl in (True, False):
         run = Run(shape, weights, x, attended, gated, pdl=pdl)
-        run.buffers.counters.fill_(99)
-        run.launch(QKV)  # which needs no counters, and zeroes those of the next
-        tiles = index = -(-M // 16)
+        run.buffers.counters.copy_(whole.buffers.counters)  # what was launched before is nothing
+        run.launch(QKV)
         for phases, norm in ((O_PROJ, None), (MLP[1:], weights.norm), (QKV, weights.next_norm)):
             if norm:
-                normed = normalized(run.buffers.x[:M], *norm)
-                run.buffers.normed[:M] = normed
-            run.launch(phases, index, fused=False)
-            index += tiles
-        for ours, theirs in zip(run.outputs(), expected, strict=True):
+                run.buffers.normed[:M] = normalized(run.buffers.x[:M], *norm)
+            run.launch(phases, fused=False)
+        for ours, theirs in zip(run.outputs(), whole.outputs(), strict=True):
             assert torch.equal(ours, theirs)

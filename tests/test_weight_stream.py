@@ -17,6 +17,7 @@ from draftnorm.kernels import stream_copies, stream_layouts, weight_stream
 from draftnorm.kernels.decode_norm import INTERPRETED
 from draftnorm.kernels.projection import Rotary
 from draftnorm.kernels.weight_stream import (
+    COUNTERS,
     SHARED_MEMORY,
     StreamBuffers,
     StreamWeights,
@@ -58,7 +59,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_plain_wide_dense_layers_stream(changes: dict, hopper: None) -> None:
-    assert can_stream(replace(WIDE, **changes), GPU)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert can_stream(replace(WIDE, **changes), dtype, GPU)
 
 
 @pytest.mark.parametrize(
@@ -79,18 +81,22 @@ def test_plain_wide_dense_layers_stream(changes: dict, hopper: None) -> None:
     ],
 )
 def test_other_layers_do_not(changes: dict, hopper: None) -> None:
-    assert not can_stream(replace(WIDE, **changes), GPU)
+    assert not can_stream(replace(WIDE, **changes), torch.bfloat16, GPU)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_other_devices_do_not(capability, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert not can_stream(WIDE, GPU)
+    assert not can_stream(WIDE, torch.bfloat16, GPU)
 
 
 def test_a_cpu_is_not_even_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: 1 / 0)
-    assert not can_stream(WIDE, torch.device("cpu"))
+    assert not can_stream(WIDE, torch.bfloat16, torch.device("cpu"))
+
+
+def test_other_dtypes_do_not(hopper: None) -> None:
+    assert not can_stream(WIDE, torch.float32, GPU)
 
 
 @pytest.mark.parametrize("D", [1024, 2048, 3072, 4096])
@@ -110,7 +116,7 @@ def test_the_rings_take_what_there_is(D: int) -> None:
 
 
 class Copies:
-    """Runs the weights' part of one program at a time; notes the places that it copies."""
+    """Runs the weights' part of a program at a time; notes what it copies and tells of tiles."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
         self.places: list[tuple[str, list[int]]] = []
@@ -124,7 +130,7 @@ class Copies:
         copy = SimpleNamespace(async_copy_global_to_shared=self.copy)
         monkeypatch.setattr(stream_copies, "tma", copy)
         language = SimpleNamespace(
-            constexpr=lambda x: x, int32=None, maximum=max, BlockedLayout=lambda *_: None,
+            constexpr=lambda x: x, int32=torch.int32, maximum=max, BlockedLayout=lambda *_: None,
             program_id=lambda _: self.program, num_programs=lambda _: programs,
             atomic_add=self.draw, full=lambda shape, value, *_: value,
         )  # fmt: skip
@@ -136,9 +142,12 @@ class Copies:
     def store(self, tile: int) -> None:
         self.tiles.append(int(tile))
 
-    def draw(self, *_: object, **__: object) -> int:
+    def __add__(self, counter: int) -> "Copies":
+        return self
+
+    def draw(self, *_: object, **__: object) -> torch.Tensor:
         self.tickets += 1
-        return self.tickets - 1
+        return torch.tensor(self.tickets - 1)
 
     def copy(self, weight: SimpleNamespace, place: list[int], *_: object) -> None:
         self.places.append((weight.name, [int(i) for i in place]))
@@ -167,10 +176,10 @@ def test_every_weight_is_copied_once_and_in_the_order_of_its_use(programs, monke
         tiles = weight_stream._tiles_of(ids[name].to(torch.bfloat16), pairs)
         assert tiles.block_shape == [8, 2, 8, 64]
         views[name] = ids[name].as_strided(tiles.shape, tiles.strides)
-    for copies.program in range(programs):
+    for copies.program in [*range(programs)] * 2:  # a second launch draws on from the same counter
         copies.places.clear()
         stream_copies.weights_part(
-            *tensors, copies, copies, copies, copies, None, copies, **SIZES, FIRST=0, LAST=3,
+            *tensors, copies, copies, copies, copies, copies, copies, **SIZES, FIRST=0, LAST=3,
             SLOTS=9,
         )  # fmt: skip
         order = [list(shapes).index(name) for name, _ in copies.places]
@@ -190,9 +199,9 @@ def test_every_weight_is_copied_once_and_in_the_order_of_its_use(programs, monke
                 copied[name].append(slot.flatten())
     for name, (N, K, _) in shapes.items():
         counts = torch.bincount(torch.cat(copied[name]), minlength=N * K)
-        assert (counts == 1).all()
+        assert (counts == 2).all()
     # What the products are told: each tile of gate/up once, and each program of its end.
-    assert sorted(copies.tiles) == [*range(F // 8), *[F // 8] * programs]
+    assert sorted(copies.tiles) == sorted([*range(F // 8), *[F // 8] * programs] * 2)
 
 
 def elements(layout, warps: int) -> Iterator[tuple[tuple[int, int], tuple[int, ...]]]:
@@ -336,21 +345,21 @@ def kernel(hopper: None, monkeypatch: pytest.MonkeyPatch) -> Launches:
     return launches
 
 
-def launch_alone(weights: StreamWeights, rows: int = 1) -> None:
+def launch_alone(weights: StreamWeights, rows: int = 1, *, fused: bool = True) -> None:
     D, F, H, G, K = 1024, 1024, 8, 2, 128
     empty = lambda *shape: torch.empty(shape, dtype=torch.bfloat16)  # noqa: E731
     buffers = StreamBuffers(
-        x=empty(32, D), squares=torch.empty(32, D // 16), normed=empty(32, D), gated=empty(32, F),
-        attended=empty(32, H * K), q=empty(32, H, K),
-        counters=torch.zeros(3, 8, dtype=torch.int32),
+        x=empty(64, D), squares=torch.empty(64, D // 16), normed=empty(64, D), gated=empty(64, F),
+        attended=empty(64, H * K), q=empty(64, H, K),
+        counters=torch.zeros(COUNTERS, dtype=torch.int64),
     )  # fmt: skip
-    places = torch.zeros(32, dtype=torch.int32)
+    places = torch.zeros(64, dtype=torch.int32)
     rotary = Rotary(
         cos=torch.empty(64, K // 2), sin=torch.empty(64, K // 2), positions_M=places,
         slots_M=places, rows_per_sequence=1, keys=empty(1, G, 64, K), values=empty(1, G, 64, K),
     )  # fmt: skip
-    stream_layer(buffers.x, weights, buffers, rows=rows, first_row=16, index=5, rotary=rotary,
-                 fused=True, pdl={"PDL": True, "launch_pdl": True})  # fmt: skip
+    stream_layer(weights, buffers, rows=rows, rotary=rotary, fused=fused,
+                 pdl={"PDL": True, "launch_pdl": True})  # fmt: skip
 
 
 def test_phases_of_a_launch_must_be_neighbours(kernel: Launches) -> None:
@@ -368,28 +377,48 @@ def test_phases_of_a_launch_must_be_neighbours(kernel: Launches) -> None:
                 launch_alone(weights)
 
 
-@pytest.mark.parametrize("rows,R", [(1, 8), (8, 8), (9, 16), (16, 16)])
-def test_a_launch_sees_its_rows_alone(rows: int, R: int, kernel: Launches) -> None:
+def test_normalised_rows_of_two_norms_have_no_buffer(kernel: Launches) -> None:
+    weight = torch.empty(2048, 1024, dtype=torch.bfloat16)
+    weights = StreamWeights(gate_up=weight, down=weight, qkv=weight)
+    launch_alone(weights)
+    with pytest.raises(AssertionError):
+        launch_alone(weights, fused=False)
+
+
+@pytest.mark.parametrize(
+    "rows,tiles",
+    [
+        (1, [1]),
+        (8, [8]),
+        (9, [9]),
+        (16, [16]),
+        (17, [16, 1]),
+        (40, [16, 16, 8]),
+        (58, [16] * 3 + [10]),
+    ],
+)
+def test_each_launch_sees_16_rows_or_the_rest(rows: int, tiles: list[int], kernel) -> None:
     weight = torch.empty(2048, 1024, dtype=torch.bfloat16)
     launch_alone(StreamWeights(o=weight, gate_up=weight), rows=rows)
-    (launch,) = kernel.found
-    assert launch["grid"] == (132,) and launch["launch_pdl"]
-    assert (launch["M"], launch["first_row"], launch["R"]) == (rows, 16, R)
-    assert (launch["SLOTS"], launch["X_SLOTS"]) == ring_slots(1024, rows)
-    for name in ("x", "attended", "gated", "normed", "squares", "q", "position", "slot"):
-        of_rows = launch[f"{name}_ptr"]
-        assert len(of_rows) == rows and of_rows.storage_offset() == 16 * of_rows.stride(0)
-    counters = [launch[f"{name}_ptr"].storage_offset() // 8 for name in ("counter", "next_counter")]
-    assert counters == [5 % 3, 6 % 3]
+    assert [launch["M"] for launch in kernel.found] == tiles
+    for i, launch in enumerate(kernel.found):
+        assert launch["grid"] == (132,) and launch["launch_pdl"]
+        assert launch["first_row"] == 16 * i and launch["R"] == (8 if tiles[i] <= 8 else 16)
+        assert (launch["SLOTS"], launch["X_SLOTS"]) == ring_slots(1024, tiles[i])
+        for name in ("x", "attended", "gated", "normed", "squares", "q", "position", "slot"):
+            of_rows = launch[f"{name}_ptr"]
+            assert of_rows.storage_offset() == 16 * i * of_rows.stride(0)
+        counters = launch["counter_ptr"]
+        assert counters is kernel.found[0]["counter_ptr"] and len(counters) == COUNTERS
 
 
 QKV, O_PROJ, MLP = ("qkv",), ("o",), ("gate_up", "down")
 
 
-@pytest.mark.parametrize("rows,tiles", [(1, [1]), (16, [16]), (17, [16, 1]), (40, [16, 16, 8])])
+@pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_step_launches_every_phase_of_every_layer_in_order(
-    rows: int, tiles: list[int], norm: str, hopper: None, monkeypatch: pytest.MonkeyPatch
+    rows: int, norm: str, hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(WIDE, num_layers=3, windows=())
     model = Transformer(config, device="meta", dtype=torch.bfloat16)
@@ -402,13 +431,11 @@ def test_a_step_launches_every_phase_of_every_layer_in_order(
         assert eager
         events.append(("attend", id(keys)))
 
-    def note_stream(x, weights: StreamWeights, buffers, *, first_row, index, rotary, fused, pdl,
-                    rows: int) -> None:  # fmt: skip
-        assert x is buffers.x and fused == (norm == "fused") and pdl["launch_pdl"]
-        events.append(
-            (tuple(id(w) for w in weights.products()), rows, first_row, index,
-             id(rotary.keys) if weights.qkv is not None else None)
-        )  # fmt: skip
+    def note_stream(weights: StreamWeights, buffers, *, rotary, fused: bool, pdl, **options: int):
+        assert options == dict(rows=rows) and fused == (norm == "fused") and pdl["launch_pdl"]
+        assert rotary.rows_per_sequence == rows
+        keys = id(rotary.keys) if weights.qkv is not None else None
+        events.append((*(id(w) for w in weights.products()), keys))
 
     def note_norm(x, weight, eps: float, *, inference_mode: bool):
         assert len(x) == rows and inference_mode == (norm == "inference")
@@ -423,10 +450,9 @@ def test_a_step_launches_every_phase_of_every_layer_in_order(
     monkeypatch.setattr(decode_step, "rms_norm_forward", lambda x, *_, **__: (x, None))
     cache = KVCache(config, capacity=64, device="meta", dtype=torch.bfloat16)
     step = DecodeStep(model, cache, rows=40, norm=norm)
-    expected, index = [], 0
+    expected: list[tuple] = []
 
     def phases(layer: int, names: tuple[str, ...]) -> None:
-        nonlocal index
         layers = model.model.layers
         attention = layers[layer].self_attn
         weights = {"o": attention.o_proj, "gate_up": layers[layer].mlp.gate_up_proj,
@@ -436,10 +462,7 @@ def test_a_step_launches_every_phase_of_every_layer_in_order(
             where = layer + 1
             weights["qkv"] = layers[where].self_attn.qkv_proj
             keys = id(cache.keys[where])
-        for i, size in enumerate(tiles):
-            ids = tuple(id(weights[name].weight) for name in names)
-            expected.append((ids, size, 16 * i, index, keys))
-            index += 1
+        expected.append((*(id(weights[name].weight) for name in names), keys))
 
     def normalize(layer: int, name: str) -> None:
         if norm != "fused":
@@ -459,7 +482,5 @@ def test_a_step_launches_every_phase_of_every_layer_in_order(
         if after:
             normalize(layer + 1, "input_layernorm")
             phases(layer, QKV)
-    for _ in range(2):  # the second step counts its launches afresh
-        events.clear()
-        step.launch(rows, 2, plain=False)
-        assert events == expected
+    step.launch(rows, 2, plain=False)
+    assert events == expected

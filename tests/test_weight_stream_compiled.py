@@ -22,6 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from draftnorm.kernels import decode_norm, weight_stream
+from draftnorm.kernels.stream_copies import COUNTED
 from draftnorm.kernels.weight_stream import REGISTERS, SHARED_MEMORY
 from draftnorm.model import decode_step, streamed_layers
 from draftnorm.model.cache import KVCache
@@ -104,7 +105,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: hopper)
     hopper_device = torch.device("cuda")
     monkeypatch.setattr(
-        decode_step, "can_stream", lambda config, _: can_stream(config, hopper_device)
+        decode_step, "can_stream", lambda config, dtype, _: can_stream(config, dtype, hopper_device)
     )
     for module in (decode_step, streamed_layers):
         monkeypatch.setattr(module, "rms_norm_forward", lambda x, *_, **__: (x, None))
@@ -301,18 +302,23 @@ def test_only_weights_are_touched_before_the_wait(name: str, launches) -> None:
             elif not waited:
                 early.append(line)
         assert early and all("cp.async.bulk.tensor" in line for line in early)
-        # Where tickets are drawn, behind the barrier that the inputs' part arrives on after its
-        # wait: the kernel before has zeroed them.
+        # Tickets are drawn behind the barrier that the inputs' part arrives on after its wait, and
+        # a phase is called finished behind the last of its row, when counters have been read.
         assert tickets == (constants["FIRST"] <= 1 <= constants["LAST"])
         inputs = ptx[ptx.index("griddepcontrol.launch_dependents") :]
         assert "griddepcontrol.launch_dependents" not in inputs[1:]
-        arrived = re.search(r"mbarrier\.arrive\.\S+ _, \[(\S+)\]", inputs)[1]
-        if tickets:
-            before = ptx[: ptx.index("atom.global.gpu.relaxed")]
-            awaited = re.findall(r"mbarrier\.try_wait\S* complete, \[(\S+)\]", before)[-1]
-            between = before[before.rindex("mbarrier.try_wait") :]
-            assert not re.search(r"^\$L__BB|\bbra\S* +\$", between, re.MULTILINE)
-            assert shared_offset(ptx, awaited) == shared_offset(ptx, arrived)
+        first = re.search(r"mbarrier\.arrive\.\S+ _, \[(\S+)\]", inputs)[1]
+        opened = shared_offset(ptx, first)
+        counted = opened + 8 * (COUNTED.value - constants["FIRST"])
+        finished = ptx.count("atom.global.gpu.release")
+        assert finished == constants["LAST"] - constants["FIRST"]
+        for atomic, barrier in (("relaxed.add", opened), ("release.add", counted)):
+            *parts, _ = ptx.split(f"atom.global.gpu.{atomic}")
+            for before in parts:
+                waits = [*re.finditer(r"mbarrier\.try_wait\S* complete, \[(\S+)\]", before)]
+                between = before[waits[-1].start() :]
+                assert not re.search(r"^\$L__BB|\bbra\S* +\$", between, re.MULTILINE)
+                assert shared_offset(ptx, waits[-1][1]) == barrier
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -327,8 +333,8 @@ def test_what_programs_tell_each_other_is_read_past_the_nearest_cache(name: str,
                 pointers = origin[re.search(r"\[\s*(%rd\d+)", line)[1]]
                 assert pointers and pointers <= IMMUTABLE, line
                 read |= pointers
-            elif "ld.global" in line:
-                assert re.search(r"\bld\.global\.(cg|gpu\.acquire)\.", line), line
+            elif re.search(r"\bld\.", line):
+                assert re.search(r"\bld\.global\.(cg|gpu\.(acquire|relaxed))\.", line), line
         constants = dict(launch.constants)
         if constants["NORM"]:
             assert ("norm_ptr" in read) == (constants["FIRST"] <= 1 <= constants["LAST"])
