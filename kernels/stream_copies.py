@@ -186,3 +186,13 @@ def inputs_part(
         _await_phase(counter_ptr, opened, qkv, QKV, FIRST)
         TILES: gl.constexpr = (H + 2 * G) * HALF // 8
         n = _fetch_inputs(x_ptr, M, ring, full, empty, n, TILES, D, R, SLOTS)
+
+
+@gluon.jit
+def load_scales(norm_ptr, scales, D: gl.constexpr):
+    """A norm's weight into shared memory, [D / 512, L, 64]: every tile needs it."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [8, 1], [1, 0])
+    slab = gl.arange(0, L, gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, SLAB, gl.SliceLayout(0, layout))[None, :]
+    for step in range(D // COLUMNS):
+        scales.index(step).store(gl.load(norm_ptr + step * COLUMNS + slab * SLAB + column))

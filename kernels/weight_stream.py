@@ -56,6 +56,7 @@ from draftnorm.kernels.stream_copies import (
     SLAB,
     L,
     inputs_part,
+    load_scales,
     weights_part,
 )
 from draftnorm.kernels.stream_layouts import (
@@ -150,34 +151,24 @@ def _product(w, x, counts, rstd, scales, K: gl.constexpr, R: gl.constexpr, HELD:
 
 
 @gluon.jit
-def _finish_phase(
-    x, counts, counter_ptr, opened,
-    K: gl.constexpr, HELD: gl.constexpr, PHASE: gl.constexpr, LAST: gl.constexpr,
-):  # fmt: skip
-    """Let the rows go, and tell all programs that this one's outputs are there."""
+def _let_rows_go(x, counts, K: gl.constexpr):
+    """Held rows are needed no more, nor by a program that had no tile for them: but they came."""
+    _, x_full, x_empty, X_SLOTS = x
     count, x_count = counts
+    for step in range(K // COLUMNS):
+        x_slot = (x_count + step) % X_SLOTS
+        mbarrier.wait(x_full.index(x_slot), (x_count + step) // X_SLOTS & 1)
+        mbarrier.arrive(x_empty.index(x_slot), count=1)
+    return count, x_count + K // COLUMNS
+
+
+@gluon.jit
+def _finish_phase(counter_ptr, opened, PHASE: gl.constexpr, LAST: gl.constexpr):
+    """Tell all programs that this one's outputs are there."""
     if PHASE < LAST:
         mbarrier.wait(opened.index(COUNTED), 0)
         _barrier()  # every thread's share is written before the counter says so
         gl.atomic_add(counter_ptr + PHASE + 1, 1, sem="release")
-    if HELD:
-        _, x_full, x_empty, X_SLOTS = x
-        for step in range(K // COLUMNS):
-            x_slot = (x_count + step) % X_SLOTS
-            mbarrier.wait(x_full.index(x_slot), (x_count + step) // X_SLOTS & 1)
-            mbarrier.arrive(x_empty.index(x_slot), count=1)
-        x_count += K // COLUMNS
-    return count, x_count
-
-
-@gluon.jit
-def _load_scales(norm_ptr, scales, D: gl.constexpr):
-    """A norm's weight into shared memory, [D / 512, L, 64]: every tile needs it."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [8, 1], [1, 0])
-    slab = gl.arange(0, L, gl.SliceLayout(1, layout))[:, None]
-    column = gl.arange(0, SLAB, gl.SliceLayout(0, layout))[None, :]
-    for step in range(D // COLUMNS):
-        scales.index(step).store(gl.load(norm_ptr + step * COLUMNS + slab * SLAB + column))
 
 
 @gluon.jit
@@ -204,7 +195,10 @@ def _residual_phase(
         squares = gl.reshape(sum_neighbours(gl.reshape(squares, [1, R, 16]), 4), [R])
         node_row = gl.arange(0, R, squares.type.layout)
         gl.store(squares_ptr + node_row * (D // 16) + tile, squares, mask=node_row < M)
-    return _finish_phase(x, counts, counter_ptr, opened, K, HELD, PHASE, LAST)
+    _finish_phase(counter_ptr, opened, PHASE, LAST)
+    if HELD:
+        counts = _let_rows_go(x, counts, K)
+    return counts
 
 
 @gluon.jit
@@ -237,7 +231,7 @@ def _gated_phase(
     lane = gl.arange(0, 8, gl.SliceLayout(1, layout))[:, None]
     rstd = 0
     if NORM:
-        _load_scales(norm_ptr, scales, D)
+        load_scales(norm_ptr, scales, D)
     mbarrier.wait(opened.index(GATE_UP), 0)
     if NORM:
         rstd = _rstd(squares_ptr, M, eps, D, R, NODES)
@@ -250,7 +244,8 @@ def _gated_phase(
         tile = _next_tile(w, tiles, counts)
     mbarrier.arrive(w[2].index(counts[0] % w[3]), count=1)
     counts = (counts[0] + 1, counts[1])
-    return _finish_phase(x, counts, counter_ptr, opened, D, True, GATE_UP, LAST)
+    _finish_phase(counter_ptr, opened, GATE_UP, LAST)
+    return _let_rows_go(x, counts, D)
 
 
 @gluon.jit
@@ -268,7 +263,7 @@ def _rotary_phase(
     lane = gl.arange(0, 8, gl.SliceLayout(1, layout))[:, None]
     rstd = 0
     if NORM:
-        _load_scales(norm_ptr, scales, D)
+        load_scales(norm_ptr, scales, D)
     mbarrier.wait(opened.index(QKV), 0)
     if NORM:
         rstd = _rstd(squares_ptr, M, eps, D, R, NODES)
@@ -297,6 +292,7 @@ def _rotary_phase(
             place = base_ptr + line * (2 * HALF) + pair
         gl.store(place, low.to(dtype), mask=row < M)
         gl.store(place + HALF, high.to(dtype), mask=row < M)
+    _let_rows_go(x, counts, D)
 
 
 @gluon.jit
