@@ -5,7 +5,7 @@ continuation up in the text so far, `ModelDrafter` asks a smaller model. A draft
 silent without harm: it decides how fast tokens come, never which.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Protocol
 
@@ -133,7 +133,6 @@ class ModelDrafter:
             vocabulary=vocabulary,
             progress=progress,
         )
-        self.streams = stream != DRAFT and isinstance(self.engine, DecodeStep)
         self._tokens: list[int] = []  # committed
         self._drafts: list[int] = []  # proposed after them, all but the last one in the cache
         self._lost = False  # the text has outgrown the context, or has an id that is not ours
@@ -166,11 +165,16 @@ class ModelDrafter:
                 self.engine.forward([self._tokens[start : start + ROWS]])
 
     def propose(self, length: int) -> tuple[list[int], Tensor | None]:
-        rows, q_NV, length = self._tokens[-2:], [], self._begin(length)
-        if length < 1:
+        # The last draft is not fed, so the positions needed end one before it.
+        length = min(length, self._context - len(self._tokens) + 1)
+        rows, q_NV = self._tokens[-2:], []
+        if length < 1 or self._lost:
             return [], None
-        if self.streams:
-            return self._drafted(self.engine.stream(rows, length)), None
+        self._cache.rollback(len(self._tokens) - 2)
+        if self._stream != DRAFT and isinstance(self.engine, DecodeStep):
+            chosen = self.engine.stream(rows, length)
+            self._drafts = [checked(d, len(self._tokens) + i) for i, d in enumerate(chosen)]
+            return list(self._drafts), None
         for position in range(len(self._tokens), len(self._tokens) + length):
             logits_V = self.engine.forward([rows])[0, -1]
             if self._stream == DRAFT:
@@ -182,25 +186,6 @@ class ModelDrafter:
             self._drafts.append(token)
             rows = [token]
         return list(self._drafts), torch.stack(q_NV) if q_NV else None
-
-    def propose_to(self, target: DecodeStep, length: int) -> list[int]:
-        """Propose, and let the target verify on the device meanwhile: its `chosen` is to come."""
-        rows, length = self._tokens[-2:], self._begin(length)
-        if length < 1:
-            return []
-        return self._drafted(target.forward_after(rows[-1], self.engine, rows, length))
-
-    def _begin(self, length: int) -> int:
-        """Roll back to the last two committed tokens; how many drafts there can be."""
-        if self._lost:
-            return 0
-        self._cache.rollback(len(self._tokens) - 2)
-        # The last draft is not fed, so the positions needed end one before it.
-        return min(length, self._context - len(self._tokens) + 1)
-
-    def _drafted(self, tokens: Iterable[int]) -> list[int]:
-        self._drafts = [checked(d, len(self._tokens) + i) for i, d in enumerate(tokens)]
-        return list(self._drafts)
 
     def _extend(self, tokens: Sequence[int]) -> None:
         self._tokens += tokens

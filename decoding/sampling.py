@@ -67,7 +67,7 @@ class Sampler:
         return pack_settings(**asdict(self.sampling), stream=EXACT, request_id=request_id)[None]
 
     def choose(
-        self, logits_TV: Tensor | None, position: int, chosen_T: Sequence[int] | None = None
+        self, logits_TV: Tensor, position: int, chosen_T: Sequence[int] | None = None
     ) -> Iterator[int]:
         """The token after each row, the first one for `position`, as far as they are asked for.
 

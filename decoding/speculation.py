@@ -99,8 +99,6 @@ class SpeculativeDecoder(PlainDecoder):
         exact = acceptance == "exact"
         super().__init__(model, request, blocks=blocks, slack=MAX_DRAFT_LENGTH, exact=exact)
         self._drafter, self._length, self._exact = drafter, length, exact
-        # Drafts go from model to model on the device, and the host waits once a cycle.
-        self._chained = self._runs_ahead and isinstance(drafter, ModelDrafter) and drafter.streams
         if isinstance(drafter, ModelDrafter) and drafter.engine.compile_seconds is not None:
             self.compile_seconds = (self.compile_seconds or 0.0) + drafter.engine.compile_seconds
             self.capture_seconds = (self.capture_seconds or 0.0) + drafter.engine.capture_seconds
@@ -126,19 +124,14 @@ class SpeculativeDecoder(PlainDecoder):
             self._drafter.catch_up(tokens[self._told :])
             self._told = len(tokens)
             caught_up = self.clock()
-            if self._chained:
-                drafts = self._drafter.propose_to(self.engine, length)
-            else:
-                drafts, q_NV = self._propose(length)
+            drafts, q_NV = self._propose(length)
         drafted = self.clock()
 
         idle = min(self._length.idle, room)
         if self._runs_ahead and idle > 0:
             block = self.run_ahead(tokens, idle)
         else:
-            logits_TV = None
-            if not (self._chained and drafts):  # else it is under way
-                logits_TV = self.engine.forward([[tokens[-1], *drafts]])[0]
+            logits_TV = self.engine.forward([[tokens[-1], *drafts]])[0]
             if self._exact:
                 choices = self.sampler.choose(logits_TV, len(tokens), self.engine.chosen)
                 block = verify_exact(choices, drafts)

@@ -187,7 +187,6 @@ class DecodeStep:
         compile_kernels(launch_all, progress)
         self._synchronize()
         self.inputs.zero_()
-        self._receive(self, 0)  # what `forward_after` adds to a step; a first call loads it
         self.experts_touched.zero_()
         compiled = time.perf_counter()
         graphs = [(T, tier, plain) for tier in tiers for T, plain in shapes]
@@ -205,12 +204,6 @@ class DecodeStep:
         The result is a view of a buffer that the next call overwrites; `chosen` has the tokens.
         """
         sequences = tokens_BT.tolist() if isinstance(tokens_BT, Tensor) else tokens_BT
-        T = self._begin_forward(sequences)
-        self._run(T, self._tier(max(self.cache.lengths)), plain=False)
-        return self.logits[: self.batch * T].view(self.batch, T, -1)
-
-    def _begin_forward(self, sequences: Sequence[Sequence[int]]) -> int:
-        """Make room for these tokens and tell the device; how many there are of each sequence."""
         tokens = [token for sequence in sequences for token in sequence]
         B, T = self.batch, len(sequences[0])
         if len(sequences) != B or len(tokens) != B * T or len(tokens) > self.rows:
@@ -222,38 +215,9 @@ class DecodeStep:
         self._tell(tokens, starts)
         self.choices.fill_(-1)
         self.asked = len(tokens)
+        self._run(T, self._tier(max(self.cache.lengths)), plain=False)
         self.forwards += 1
-        return T
-
-    def _begin(self, tokens: Sequence[int], count: int) -> int:
-        """The same for a stream of `count` tokens; where the first of `tokens` stands."""
-        if self.batch != 1:
-            raise ValueError(f"stream decodes one sequence, the cache holds {self.batch}")
-        T = len(tokens)
-        start = self.cache.lengths[0] = self.cache.extend(T + count - 1).start
-        self._tell(tokens, [start])
-        self.asked = 0
-        self.ring.fill_(-1)
-        if self.x.is_cuda:  # a tier that begins on the way must not stop it
-            self._graph(T, self._tier(start + T), plain=True)
-            for tier in self._tiers(range(start + T + 1, start + T + count)):
-                self._graph(1, tier, plain=True)
-        return start
-
-    def _receive(self, leader: "DecodeStep", row: int) -> None:
-        """The leader's latest token becomes ours. NO_TOKEN, which the host will find, becomes 0."""
-        torch.clamp(leader.tokens[:1], min=0, out=self.tokens[row : row + 1])
-
-    def _take(self, length: int) -> int:
-        """The streamed token for position `length`, once the device has written it over the bus."""
-        ring, place = self.ring[0].numpy(), length % RING
-        while ring[place] == -1:
-            torch.cuda.current_stream().query()  # raises if a kernel failed
-        token = int(ring[place])
-        ring[place] = -1
-        self.cache.lengths[0] = length
-        self.streamed += 1
-        return token
+        return self.logits[: B * T].view(B, T, -1)
 
     @property
     def chosen(self) -> list[int]:
@@ -276,34 +240,32 @@ class DecodeStep:
         closing the iterator early leaves the cache at the tokens that were yielded, the last one
         not being in it.
         """
-        start, T = self._begin(tokens, count), len(tokens)
-        sent = 0
+        if self.batch != 1:
+            raise ValueError(f"stream decodes one sequence, the cache holds {self.batch}")
+        T = len(tokens)
+        start = self.cache.lengths[0] = self.cache.extend(T + count - 1).start
+        self._tell(tokens, [start])
+        self.asked = 0
+        self.ring.fill_(-1)
+        if self.x.is_cuda:  # a tier that begins on the way must not stop it
+            self._graph(T, self._tier(start + T), plain=True)
+            for tier in self._tiers(range(start + T + 1, start + T + count)):
+                self._graph(1, tier, plain=True)
+        ring, sent = self.ring[0].numpy(), 0
         for taken in range(count):
             while sent < min(count, taken + 1 + RUN_AHEAD):
                 self._run(1 if sent else T, self._tier(start + T + sent), plain=True)
                 sent += 1
-            token = self._take(start + T + taken)
+            length = start + T + taken
+            place = length % RING
+            while ring[place] == -1:  # written by the step's last kernel, over the bus
+                torch.cuda.current_stream().query()  # raises if a kernel failed
+            token = int(ring[place])
+            ring[place] = -1
+            self.cache.lengths[0] = length
+            self.streamed += 1
             self.under_way = taken + 1 < count
             yield token
-
-    @torch.inference_mode()
-    def forward_after(
-        self, token: int, leader: "DecodeStep", tokens: Sequence[int], count: int
-    ) -> list[int]:
-        """`forward` of [token, and what `leader` streams after `tokens`], `count` tokens: those.
-
-        They pass from one model to the other on the device: the host waits for them when the
-        verify is under way already. One sequence only; `chosen` has the tokens after each row.
-        """
-        start, T = leader._begin(tokens, count), len(tokens)
-        self._begin_forward([[token] + [0] * count])
-        for i in range(count):
-            leader._run(1 if i else T, leader._tier(start + T + i), plain=True)
-            self._receive(leader, i + 1)
-        self._run(count + 1, self._tier(max(self.cache.lengths)), plain=False)
-        drafts = [leader._take(start + T + i) for i in range(count)]
-        leader.under_way = False
-        return drafts
 
     def expert_counts(self) -> tuple[int, int]:
         """Experts touched by the steps so far, and the layers that touched them (once a step)."""
@@ -372,7 +334,7 @@ class DecodeStep:
             model.model.embed_tokens.weight, rows=rows, rows_per_sequence=T, pdl=self.pdl,
         )  # fmt: skip
         if self.streamed_layers:
-            self.streamed_layers.launch(rows, T, tier)
+            self.streamed_layers.launch(self, rows, T, tier)
         for index, layer in enumerate(model.model.layers if not self.streamed_layers else ()):
             self._attention(layer, index, T, tier)
             if self.config.is_sparse(index):

@@ -61,7 +61,8 @@ class StreamedLayers:
 
     def __init__(self, step: "DecodeStep") -> None:
         rows, config = step.rows, step.config
-        self.step = step
+        # Not the step itself: a circle would let its graphs die whenever the collector comes by,
+        # which may be while another is being captured, and that ends a capture.
         gated = step.gated[: rows * config.intermediate_size]
         self.buffers = StreamBuffers(
             x=step.x, squares=step.squares, normed=step.normed, q=step.q,
@@ -69,24 +70,25 @@ class StreamedLayers:
             counters=torch.zeros(COUNTERS, dtype=torch.int64, device=step.x.device),
         )  # fmt: skip
 
-    def launch(self, rows: int, T: int, tier: int) -> None:
+    def launch(self, step: "DecodeStep", rows: int, T: int, tier: int) -> None:
         """Enqueue all layers of a step of `rows` rows, T a sequence."""
-        step = self.step
         layers = list(step.model.model.layers)
-        self._norm(layers[0].input_layernorm, rows)
-        self._stream(None, layers[0], 0, rows, T, qkv=True)
+        self._norm(step, layers[0].input_layernorm, rows)
+        self._stream(step, None, layers[0], 0, rows, T, qkv=True)
         for index, (layer, after) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
             step.attend(index, T, tier, eager=True)
             where = min(index + 1, len(layers) - 1)
             if step.norm == "fused":
-                self._stream(layer, after, where, rows, T, o=True, mlp=True, qkv=after is not None)
+                self._stream(
+                    step, layer, after, where, rows, T, o=True, mlp=True, qkv=after is not None
+                )
                 continue
-            self._stream(layer, after, where, rows, T, o=True)
-            self._norm(layer.post_attention_layernorm, rows)
-            self._stream(layer, after, where, rows, T, mlp=True)
+            self._stream(step, layer, after, where, rows, T, o=True)
+            self._norm(step, layer.post_attention_layernorm, rows)
+            self._stream(step, layer, after, where, rows, T, mlp=True)
             if after is not None:
-                self._norm(after.input_layernorm, rows)
-                self._stream(layer, after, where, rows, T, qkv=True)
+                self._norm(step, after.input_layernorm, rows)
+                self._stream(step, layer, after, where, rows, T, qkv=True)
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Replay a step; on another stream than the last one's, behind all that one has."""
@@ -99,20 +101,20 @@ class StreamedLayers:
                 self._streams[device] = stream
             graph.replay()
 
-    def _norm(self, norm: RMSNorm, rows: int) -> None:
+    def _norm(self, step: "DecodeStep", norm: RMSNorm, rows: int) -> None:
         """On the lower rungs of the ladder another kernel normalises."""
-        if self.step.norm != "fused":
-            inference = self.step.norm == "inference"
+        if step.norm != "fused":
+            inference = step.norm == "inference"
             x = self.buffers.x[:rows]
             y, _ = rms_norm_forward(x, norm.weight, norm.eps, inference_mode=inference)
             self.buffers.normed[:rows].copy_(y)
 
     def _stream(
-        self, layer: Layer | None, after: Layer | None, where: int, rows: int, T: int,
-        *, o: bool = False, mlp: bool = False, qkv: bool = False,
+        self, step: "DecodeStep", layer: Layer | None, after: Layer | None, where: int, rows: int,
+        T: int, *, o: bool = False, mlp: bool = False, qkv: bool = False,
     ) -> None:  # fmt: skip
         """The rest of `layer`, and the qkv of the one after it, whose cache is layer `where`'s."""
-        step, cache = self.step, self.step.cache
+        cache = step.cache
         rotary = Rotary(
             cos=step.cos, sin=step.sin, positions_M=step.positions, slots_M=step.slots,
             rows_per_sequence=T, keys=cache.keys[where], values=cache.values[where],

@@ -173,11 +173,12 @@ def test_verify_rows_are_decode_rows_and_leave_the_same_cache(model, tokens, sta
         length = cache.lengths[0]
         for ours, expected in zip(cache.keys + cache.values, layers, strict=True):
             assert torch.equal(ours[:, :, start:length], expected[:, :, start:length])
-    # The readable way rounds to bf16 at the same places and a few more, sums in another order.
+    # The readable way rounds to bf16 at the same places and a few more, sums in another order. On a
+    # CPU, bf16, its worst row here is 0.025 off fp32: two ways may be twice that apart.
     cache.rollback(start)
     readable = torch.cat([model.decode(tokens[None, t : t + 16], cache)[0]
                           for t in range(start, end, 16)])  # fmt: skip
-    assert relative(alone, readable.double()) < 0.02
+    assert relative(alone, readable.double()) < 0.05
 
 
 def test_the_three_rungs_have_equal_bits_at_any_number_of_rows(model, tokens) -> None:
@@ -219,9 +220,9 @@ def test_a_stream_is_forward_steps_and_so_are_two_streams_in_turns(model, tokens
     others = []
     for _ in range(2):
         cache = new_cache(model)
-        model.prefill(tokens[:100], cache)
         step = DecodeStep(model, cache)
-        step._graph(1, step._tier(161), plain=True)
+        step.prepare([], [1], range(100, 162))  # captures write to the first positions
+        model.prefill(tokens[:100], cache)
         others.append((torch.cuda.Stream(), step.stream([7], 60)))
     torch.cuda.synchronize()
     found: list[list[int]] = [[], []]
@@ -263,12 +264,12 @@ def test_dependent_launch_is_ordered_over_many_replays(model, tokens) -> None:
 
 
 def half_right(output: Sequence[int]) -> ScriptedDrafter:
-    """Knows what comes, and says something else every third time."""
+    """Knows what comes, and says something else every fourth time, out of step with any cycle."""
     start = 3
 
     def guess(tokens: list[int], length: int) -> list[int]:
         known = output[len(tokens) - start :][:length]
-        return [t if (i + len(tokens)) % 3 else (t + 1) % 1000 for i, t in enumerate(known)]
+        return [t if (i + len(tokens)) % 4 else (t + 1) % 1000 for i, t in enumerate(known)]
 
     return ScriptedDrafter(guess)
 

@@ -136,17 +136,6 @@ def test_a_draft_catches_up_with_what_it_was_not_asked_for(steps: list[DecodeSte
         assert late.propose(4) == ready.propose(4)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_drafts_reach_the_target_without_the_host(temperature: float, steps, monkeypatch) -> None:
-    target, draft = tiny(1), tiny(2)
-    options = dict(max_new_tokens=NEW, sampling=SamplingConfig(temperature=temperature, seed=1))
-    plain = generate(target, None, PROMPT, **options).result()
-    monkeypatch.delattr(drafters.ModelDrafter, "propose")
-    result = speculate(target, None, PROMPT, draft=draft, draft_length=3, **options).result()
-    assert result.token_ids == plain.token_ids
-    assert result.speculation.drafted > 0
-
-
 def test_ids_past_the_vocabulary_are_never_chosen(steps: list[DecodeStep]) -> None:
     model = tiny(1, vocab_size=40)
     with torch.no_grad():
