@@ -61,9 +61,8 @@ def _stream_tickets(
         next_tile = tile + programs
         if next_tile >= dealt:
             mbarrier.wait(opened.index(FIRST), 0)  # the kernel before this one draws no more
-            next_tile = dealt + (gl.atomic_add(counter_ptr + TICKETS, 1, sem="relaxed") % draws).to(
-                gl.int32
-            )
+            ticket = gl.atomic_add(counter_ptr + TICKETS, 1, sem="relaxed") % draws
+            next_tile = dealt + ticket.to(gl.int32)
         slot = count % SLOTS
         mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
         tiles.index(slot).store(gl.full([1], tile, gl.int32, one))
@@ -93,6 +92,7 @@ def weights_part(
     D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
     FIRST: gl.constexpr, LAST: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
+    """One warp: the weights of all phases, in the order of their use."""
     n = 0
     if FIRST <= O_PROJ and LAST >= O_PROJ:
         K: gl.constexpr = 2 * H * HALF
@@ -166,6 +166,7 @@ def inputs_part(
     D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
     R: gl.constexpr, SLOTS: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
+    """Two warps: open each phase to this program, and bring the rows it reads."""
     gdc_wait()
     gdc_launch_dependents()  # not before: attention, which is next, reads what this waited for
     mbarrier.arrive(opened.index(FIRST), count=1)
