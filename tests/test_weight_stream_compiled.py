@@ -6,8 +6,10 @@ kernels, here on a device that says it is Hopper.
 """
 
 import functools
+import gc
 import re
 import subprocess
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -364,3 +366,16 @@ def test_operands_come_by_ldmatrix_and_a_slot_is_let_go_when_all_warps_have_read
                 assert last not in ("ldmatrix", "ld.shared")
             last = event
         assert ptx.count("ldmatrix") >= phases * 2 * (4 + constants["R"] // 4)
+
+
+def test_a_step_dies_with_its_last_user(launches) -> None:
+    """A circle would leave its graphs to the collector, which may come while one is captured."""
+    step = make_step("1B")
+    assert step.streamed_layers
+    alive = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert alive() is None
+    finally:
+        gc.enable()
