@@ -59,6 +59,10 @@ class Launch:
     types: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
     warps: int
+    source = ASTSource
+
+    def options(self, capability: int) -> dict[str, object]:
+        return {"num_warps": self.warps, "launch_pdl": capability >= 90}
 
     def compiled(self, capability: int):
         types = dict(self.types)
@@ -67,9 +71,9 @@ class Launch:
             for i, name in enumerate(self.kernel.arg_names)
             if types[name].startswith("*")
         }
-        source = ASTSource(self.kernel, types, dict(self.constants), aligned)
-        options = {"num_warps": self.warps, "launch_pdl": capability >= 90}
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        source = self.source(self.kernel, types, dict(self.constants), aligned)
+        target = GPUTarget("cuda", capability, 32)
+        return triton.compile(source, target=target, options=self.options(capability))
 
     def ptx(self) -> str:
         return self.compiled(90).asm["ptx"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steady import check_nothing_is_compiled_and_nothing_allocated
 from triton import knobs
 
 from draftnorm import SamplingConfig, generate, load_model, load_tokenizer, speculate
@@ -104,19 +105,7 @@ def test_after_the_first_token_nothing_is_compiled_and_nothing_allocated(
         if draft
         else generate(target, None, [5, 6, 7], **options)
     )
-    next(run)
-    graphs = len(run.decoder.engine.graphs)
-    late: list[str] = []
-    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: late.append(repr))
-    for _ in run:
-        if len(run._transcript.output) >= 100:
-            break
-    before = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["allocation.all.allocated"]
-    assert len(list(run)) > 0
-    assert late == []
-    assert len(run.decoder.engine.graphs) == graphs
-    after = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["allocation.all.allocated"]
-    assert after == before
+    check_nothing_is_compiled_and_nothing_allocated(run, monkeypatch)
 
 
 @pytest.mark.parametrize("draft", [None, "draft"])

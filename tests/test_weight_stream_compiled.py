@@ -19,7 +19,6 @@ import pytest
 import torch
 import triton
 from test_decode_compiled import KERNELS, MEDIUM, Launch, Recorder
-from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -57,17 +56,10 @@ class StreamLaunch(Launch):
     """One launch of the weight stream, as far as it decides what is compiled."""
 
     registers: int | None
+    source = GluonASTSource
 
-    def compiled(self, capability: int):
-        types = dict(self.types)
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(self.kernel.arg_names)
-            if types[name].startswith("*")
-        }
-        source = GluonASTSource(self.kernel, types, dict(self.constants), aligned)
-        options = {"num_warps": self.warps, "launch_pdl": True, "maxnreg": self.registers}
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    def options(self, capability: int) -> dict[str, object]:
+        return super().options(capability) | {"maxnreg": self.registers}
 
 
 class StreamRecorder(Recorder):

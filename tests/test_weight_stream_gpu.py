@@ -12,6 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 from fake_model import ScriptedDrafter
+from steady import check_nothing_is_compiled_and_nothing_allocated
 from stream_support import (
     ALL_ROWS,
     BF16,
@@ -30,7 +31,6 @@ from stream_support import (
     relative,
 )
 from torch import Tensor
-from triton import knobs
 
 from draftnorm import SamplingConfig, generate, speculate
 from draftnorm.kernels.compilation import compile_kernels
@@ -303,16 +303,4 @@ def test_after_the_first_token_nothing_is_compiled_and_nothing_allocated(
         run = speculate(model, None, [5, 6, 7], draft=draft, **options)
     else:
         run = generate(model, None, [5, 6, 7], **options)
-    next(run)
-    graphs = len(run.decoder.engine.graphs)
-    late: list[str] = []
-    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: late.append(repr))
-    for _ in run:
-        if len(run._transcript.output) >= 100:
-            break
-    before = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["allocation.all.allocated"]
-    assert len(list(run)) > 0
-    assert late == []
-    assert len(run.decoder.engine.graphs) == graphs
-    after = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["allocation.all.allocated"]
-    assert after == before
+    check_nothing_is_compiled_and_nothing_allocated(run, monkeypatch)
