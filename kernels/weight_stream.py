@@ -350,7 +350,7 @@ def _weight_stream_kernel(
     x_ring = gl.allocate_shared_memory(dtype, [X_SLOTS, L, R, SLAB], _INPUTS)
     x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], barrier)
     x_empty = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], barrier)
-    opened = gl.allocate_shared_memory(gl.int64, [5, 1], barrier)
+    opened = gl.allocate_shared_memory(gl.int64, [COUNTED + 1, 1], barrier)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     scales = gl.allocate_shared_memory(dtype, [D // COLUMNS, L, SLAB], plain)
     for i in gl.static_range(SLOTS):
@@ -359,7 +359,7 @@ def _weight_stream_kernel(
     for i in gl.static_range(X_SLOTS):
         mbarrier.init(x_full.index(i), count=32 * INPUT_WARPS)
         mbarrier.init(x_empty.index(i), count=1)
-    for i in gl.static_range(5):
+    for i in gl.static_range(COUNTED + 1):
         mbarrier.init(opened.index(i), count=1)
     # With a norm the inputs are what the products wrote; else another kernel has normalised them.
     in_ptr = x_ptr if NORM else normed_ptr

@@ -335,12 +335,8 @@ class DecodeStep:
         )  # fmt: skip
         if self.streamed_layers:
             self.streamed_layers.launch(self, rows, T, tier)
-        for index, layer in enumerate(model.model.layers if not self.streamed_layers else ()):
-            self._attention(layer, index, T, tier)
-            if self.config.is_sparse(index):
-                self._experts(layer, self.experts[self.sparse.index(index)], rows)
-            else:
-                self._mlp(layer, rows)
+        else:
+            self._launch_layers(rows, T, tier)
         logits = None if plain and self.settings is None else self.logits
         head_VD = model.head_VD()[: self.vocabulary]
         self._project("head", logits, self.x, head_VD, rows, "argmax", best=self.best,
@@ -358,6 +354,14 @@ class DecodeStep:
         else:
             sample(choices, self.logits, self.positions, self.settings,
                    workspace=self.sampling, **ending)  # fmt: skip
+
+    def _launch_layers(self, rows: int, T: int, tier: int) -> None:
+        for index, layer in enumerate(self.model.model.layers):
+            self._attention(layer, index, T, tier)
+            if self.config.is_sparse(index):
+                self._experts(layer, self.experts[self.sparse.index(index)], rows)
+            else:
+                self._mlp(layer, rows)
 
     def _attention(self, layer: Layer, index: int, T: int, tier: int) -> None:
         attention, cache, rows = layer.self_attn, self.cache, self.batch * T
@@ -378,6 +382,7 @@ class DecodeStep:
                       bias=attention.o_proj.bias)  # fmt: skip
 
     def attend(self, index: int, T: int, tier: int, *, eager: bool = False) -> None:
+        """Launch attention of a layer: T rows of each sequence, `q` to `attended`."""
         decode_attention(
             self.attended, self.q, self.cache.keys[index], self.cache.values[index],
             self.positions, rows=T, splits=tier, workspace=self.attention_workspace, pdl=self.pdl,
