@@ -205,15 +205,28 @@ def _store_part(
 
 @triton.jit
 def _join(
-    acc_ptr, extremes_ptr, first, last, mask, dim, R: tl.constexpr, K: tl.constexpr, D: tl.constexpr
-):
-    """Join parts first … last in order, an aligned four at a time, so that their loads overlap."""
+    acc_ptr, extremes_ptr, first, last, mask, dim, R: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Join parts first … last in order, a few at a time, so that their loads overlap."""
+    if first // 4 == last // 4:  # one trip either way, and shorter
+        joined = _join_parts(acc_ptr, extremes_ptr, first, last, mask, dim, R, K, D, 4)
+    else:
+        joined = _join_parts(acc_ptr, extremes_ptr, first, last, mask, dim, R, K, D, 8)
+    return joined
+
+
+@triton.jit
+def _join_parts(
+    acc_ptr, extremes_ptr, first, last, mask, dim, R: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
     r = tl.arange(0, R)[:, None, None]
     max_R = tl.full([R, 1, 1], _LOWEST, tl.float32)
     sum_R = tl.zeros([R, 1, 1], tl.float32)
     acc_RDE = tl.zeros([R, D, 4], tl.float32)
-    for start in range(first // 4 * 4, last + 1, 4):
-        for i in tl.static_range(4):
+    for start in range(first // TOGETHER * TOGETHER, last + 1, TOGETHER):
+        for i in tl.static_range(TOGETHER):
             # A part that is not there weighs exp2(lowest) = 0 and adds exact zeros.
             # .cg: other programs wrote these, so this one's L1 must not answer.
             part = start + i

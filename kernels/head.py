@@ -7,7 +7,8 @@ each row stands: position and cache slot, from device-side lengths. `choose` fin
 that the head's projection began tile by tile; ties go to the lowest id. In a plain greedy step it
 also moves on by itself: the token becomes the next input, the length grows, and the token is
 written to a ring in pinned host memory, which the host reads late, without a synchronisation. A row
-whose logits are all NaN or -inf has no best token, and gets NO_TOKEN.
+with a NaN or an infinity among its logits, or with nothing but -inf, has no best token, and gets
+NO_TOKEN.
 """
 
 import torch
@@ -54,7 +55,7 @@ def best_token(best_ptr, best_id_ptr, row, C: tl.constexpr, BLOCK_C: tl.constexp
     id_C = tl.load(best_id_ptr + row * C + tile, mask=tile < C, other=V - 1)
     best = tl.max(best_C, axis=0)
     token = tl.min(tl.where(best_C == best, id_C, V - 1), axis=0)
-    return tl.where(best > float("-inf"), token, _NO_TOKEN)
+    return tl.where((best > float("-inf")) & (best < float("inf")), token, _NO_TOKEN)
 
 
 @triton.jit

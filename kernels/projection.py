@@ -292,6 +292,7 @@ def _projection_kernel(
     elif EPILOGUE == "argmax":
         if out_ptr is not None:
             tl.store(out_ptr + y_ptrs, acc, mask=y_mask)
+        acc = tl.where(acc != acc, float("inf"), acc)  # a NaN anywhere in the row must not hide
         acc = tl.where(n_ok[:, None], acc, float("-inf"))
         best_R = tl.max(acc, axis=0)
         # Ties go to the lowest id.

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from draftnorm.kernels.compilation import launch
+from draftnorm.kernels.operands import prefetch_l2
 
 CASTING_MODES = ("llama", "gemma", "none")
 ROW_MODES = (None, "row", "block")
@@ -34,6 +35,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HIDDEN = 32_768  # one program holds a whole row in registers
 MANY_ROWS = 2048
 MAX_BACKWARD_PROGRAMS = 1024
+_FIRST_WAVE: tl.constexpr = tl.constexpr(1056)  # programs that may start early: 8 on each of 132
 INTERPRETED = triton.knobs.runtime.interpret  # fixed at import, as @triton.jit itself is
 
 
@@ -170,10 +172,17 @@ def _rms_norm_block_kernel(
     STORE_RSTD: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    rows_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     if PDL:
+        # Into the L2, where all multiprocessors meet: what the kernel before still writes is newer
+        # there. Only who starts while it runs gains, as norms behind each other do.
+        LINE: tl.constexpr = 1024 // x_ptr.dtype.element_ty.primitive_bitwidth
+        if (1 << LEVELS) > LINE and tl.program_id(0) < _FIRST_WAVE:
+            line_1D = tl.arange(0, (1 << LEVELS) // LINE)[None, :] * LINE
+            ok_RD = (rows_R < M)[:, None] & (line_1D < D)
+            prefetch_l2(tl.where(ok_RD, x_ptr + rows_R[:, None] * x_stride + line_1D, x_ptr))
         gdc_wait()
         gdc_launch_dependents()
-    rows_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     columns_1D = tl.arange(0, 1 << LEVELS)[None, :]
     mask_RD = (rows_R < M)[:, None] & (columns_1D < D)
     x_ptrs = x_ptr + rows_R[:, None] * x_stride + columns_1D

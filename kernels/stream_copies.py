@@ -17,7 +17,7 @@ SLAB = gl.constexpr(64)
 COLUMNS = gl.constexpr(8 * 64)
 O_PROJ, GATE_UP, DOWN, QKV = (gl.constexpr(phase) for phase in range(4))
 TICKETS = gl.constexpr(0)  # the first counter; then, for each phase but the first, who may begin it
-COUNTED = gl.constexpr(4)  # the barrier behind those that open phases
+FINISHED = gl.constexpr(4)  # the barrier behind those that open phases
 _FLIGHT = gl.constexpr(3)  # slots of weights under way; more would only queue, others behind them
 
 
@@ -109,27 +109,32 @@ def weights_part(
 
 
 @gluon.jit
-def _await_phase(counter_ptr, opened, target, PHASE: gl.constexpr, FIRST: gl.constexpr):
-    """Until all programs have finished the phase before. The first one is open already."""
-    if PHASE > FIRST:
-        arrived = gl.atomic_add(counter_ptr + PHASE, 0, sem="acquire")
-        while arrived < target:
-            arrived = gl.atomic_add(counter_ptr + PHASE, 0, sem="acquire")
-        mbarrier.arrive(opened.index(PHASE), count=1)
+def _arrivals(counter_ptr):
+    """A counter, and with it all that those who arrived had written; read by each thread alone.
+
+    A load: atomic reads of all programs would queue before the arrivals they wait for.
+    """
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.u64 $0, [$1];", "=l,l", [counter_ptr.to(gl.int64)],
+        dtype=gl.int64, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
-def _target(counter_ptr, PHASE: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr):
-    """Where a phase's counter stands when all programs have come to it, read before this one has.
+def _change_phase(counter_ptr, opened, PHASE: gl.constexpr, FIRST: gl.constexpr):
+    """Arrive at a phase once this program has finished the one before, and wait for all others.
 
-    Counters only grow, by the number of programs a launch.
+    Counters only grow, by the number of programs a launch. The first phase is open already. This
+    part arrives, not the products': the one atomic of a program then also says what to wait for.
     """
-    target = gl.to_tensor(0).to(gl.int64)
-    if PHASE > FIRST and PHASE <= LAST:
+    if PHASE > FIRST:
+        mbarrier.wait(opened.index(FINISHED), PHASE - FIRST + 1 & 1)
         programs = gl.num_programs(0)
-        now = gl.atomic_add(counter_ptr + PHASE, 0, sem="relaxed")  # by one thread, for all alike
+        now = gl.atomic_add(counter_ptr + PHASE, 1, sem="acq_rel")
         target = (now // programs + 1) * programs
-    return target
+        while _arrivals(counter_ptr + PHASE) < target:
+            pass
+        mbarrier.arrive(opened.index(PHASE), count=1)
 
 
 @gluon.jit
@@ -173,18 +178,14 @@ def inputs_part(
     n = 0
     if FIRST <= O_PROJ and LAST >= O_PROJ:
         n = _fetch_inputs(attended_ptr, M, ring, full, empty, n, D // 16, 2 * H * HALF, R, SLOTS)
-    gate_up = _target(counter_ptr, GATE_UP, FIRST, LAST)
-    down = _target(counter_ptr, DOWN, FIRST, LAST)
-    qkv = _target(counter_ptr, QKV, FIRST, LAST)
-    mbarrier.arrive(opened.index(COUNTED), count=1)
     if FIRST <= GATE_UP and LAST >= GATE_UP:
-        _await_phase(counter_ptr, opened, gate_up, GATE_UP, FIRST)
+        _change_phase(counter_ptr, opened, GATE_UP, FIRST)
         n = _fetch_inputs(x_ptr, M, ring, full, empty, n, F // 8, D, R, SLOTS)
     if FIRST <= DOWN and LAST >= DOWN:
-        _await_phase(counter_ptr, opened, down, DOWN, FIRST)
+        _change_phase(counter_ptr, opened, DOWN, FIRST)
         n = _fetch_inputs(gated_ptr, M, ring, full, empty, n, D // 16, F, R, SLOTS)
     if LAST >= QKV:
-        _await_phase(counter_ptr, opened, qkv, QKV, FIRST)
+        _change_phase(counter_ptr, opened, QKV, FIRST)
         TILES: gl.constexpr = (H + 2 * G) * HALF // 8
         n = _fetch_inputs(x_ptr, M, ring, full, empty, n, TILES, D, R, SLOTS)
 

@@ -48,8 +48,8 @@ from draftnorm.kernels.projection import Rotary
 from draftnorm.kernels.rms_norm import rms_norm_reference
 from draftnorm.kernels.stream_copies import (
     COLUMNS,
-    COUNTED,
     DOWN,
+    FINISHED,
     GATE_UP,
     O_PROJ,
     QKV,
@@ -163,17 +163,16 @@ def _let_rows_go(x, counts, K: gl.constexpr):
 
 
 @gluon.jit
-def _finish_phase(counter_ptr, opened, PHASE: gl.constexpr, LAST: gl.constexpr):
-    """Tell all programs that this one's outputs are there."""
+def _finish_phase(opened, PHASE: gl.constexpr, LAST: gl.constexpr):
+    """Tell the inputs' part, which tells all programs, that this one's outputs are there."""
     if PHASE < LAST:
-        mbarrier.wait(opened.index(COUNTED), 0)
-        _barrier()  # every thread's share is written before the counter says so
-        gl.atomic_add(counter_ptr + PHASE + 1, 1, sem="release")
+        _barrier()  # every thread's share is written before anybody hears of it
+        mbarrier.arrive(opened.index(FINISHED), count=1)
 
 
 @gluon.jit
 def _residual_phase(
-    x_ptr, squares_ptr, M, w, x, counts, opened, counter_ptr,
+    x_ptr, squares_ptr, M, w, x, counts, opened,
     D: gl.constexpr, K: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr, PHASE: gl.constexpr,
     LAST: gl.constexpr,
 ):  # fmt: skip
@@ -195,7 +194,7 @@ def _residual_phase(
         squares = gl.reshape(sum_neighbours(gl.reshape(squares, [1, R, 16]), 4), [R])
         node_row = gl.arange(0, R, squares.type.layout)
         gl.store(squares_ptr + node_row * (D // 16) + tile, squares, mask=node_row < M)
-    _finish_phase(counter_ptr, opened, PHASE, LAST)
+    _finish_phase(opened, PHASE, LAST)
     if HELD:
         counts = _let_rows_go(x, counts, K)
     return counts
@@ -221,7 +220,7 @@ def _next_tile(w, tiles, counts):
 
 @gluon.jit
 def _gated_phase(
-    out_ptr, norm_ptr, squares_ptr, M, eps, w, x, counts, scales, tiles, opened, counter_ptr,
+    out_ptr, norm_ptr, squares_ptr, M, eps, w, x, counts, scales, tiles, opened,
     D: gl.constexpr, F: gl.constexpr, R: gl.constexpr, NODES: gl.constexpr, NORM: gl.constexpr,
     LAST: gl.constexpr,
 ):  # fmt: skip
@@ -244,7 +243,7 @@ def _gated_phase(
         tile = _next_tile(w, tiles, counts)
     mbarrier.arrive(w[2].index(counts[0] % w[3]), count=1)
     counts = (counts[0] + 1, counts[1])
-    _finish_phase(counter_ptr, opened, GATE_UP, LAST)
+    _finish_phase(opened, GATE_UP, LAST)
     return _let_rows_go(x, counts, D)
 
 
@@ -297,7 +296,7 @@ def _rotary_phase(
 
 @gluon.jit
 def _products_part(
-    x_ptr, gated_ptr, squares_ptr, norm_ptr, next_norm_ptr, counter_ptr,
+    x_ptr, gated_ptr, squares_ptr, norm_ptr, next_norm_ptr,
     q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr,
     M, first_row, T, S, eps, next_eps, w, x, scales, tiles, opened,
     D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
@@ -310,17 +309,17 @@ def _products_part(
     if FIRST <= O_PROJ and LAST >= O_PROJ:
         K: gl.constexpr = 2 * H * HALF
         counts = _residual_phase(
-            x_ptr, squares_ptr, M, w, x, counts, opened, counter_ptr,
+            x_ptr, squares_ptr, M, w, x, counts, opened,
             D, K, R, K // COLUMNS <= X_SLOTS, O_PROJ, LAST,
         )  # fmt: skip
     if FIRST <= GATE_UP and LAST >= GATE_UP:
         counts = _gated_phase(
             gated_ptr, norm_ptr, squares_ptr, M, eps, w, x, counts, scales, tiles, opened,
-            counter_ptr, D, F, R, NODES, NORM, LAST,
+            D, F, R, NODES, NORM, LAST,
         )  # fmt: skip
     if FIRST <= DOWN and LAST >= DOWN:
         counts = _residual_phase(
-            x_ptr, squares_ptr, M, w, x, counts, opened, counter_ptr,
+            x_ptr, squares_ptr, M, w, x, counts, opened,
             D, F, R, F // COLUMNS <= X_SLOTS, DOWN, LAST,
         )  # fmt: skip
     if LAST >= QKV:
@@ -350,7 +349,7 @@ def _weight_stream_kernel(
     x_ring = gl.allocate_shared_memory(dtype, [X_SLOTS, L, R, SLAB], _INPUTS)
     x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], barrier)
     x_empty = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], barrier)
-    opened = gl.allocate_shared_memory(gl.int64, [COUNTED + 1, 1], barrier)
+    opened = gl.allocate_shared_memory(gl.int64, [FINISHED + 1, 1], barrier)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     scales = gl.allocate_shared_memory(dtype, [D // COLUMNS, L, SLAB], plain)
     for i in gl.static_range(SLOTS):
@@ -359,7 +358,7 @@ def _weight_stream_kernel(
     for i in gl.static_range(X_SLOTS):
         mbarrier.init(x_full.index(i), count=32 * INPUT_WARPS)
         mbarrier.init(x_empty.index(i), count=1)
-    for i in gl.static_range(COUNTED + 1):
+    for i in gl.static_range(FINISHED + 1):
         mbarrier.init(opened.index(i), count=1)
     # With a norm the inputs are what the products wrote; else another kernel has normalised them.
     in_ptr = x_ptr if NORM else normed_ptr
@@ -368,7 +367,7 @@ def _weight_stream_kernel(
             (
                 _products_part,
                 (
-                    x_ptr, gated_ptr, squares_ptr, norm_ptr, next_norm_ptr, counter_ptr,
+                    x_ptr, gated_ptr, squares_ptr, norm_ptr, next_norm_ptr,
                     q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr,
                     M, first_row, T, S, eps, next_eps,
                     (ring, full, empty, SLOTS), (x_ring, x_full, x_empty, X_SLOTS), scales,

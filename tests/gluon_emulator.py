@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from draftnorm.kernels import stream_copies, stream_layouts, weight_stream
 
 PATIENCE = 30.0  # seconds that a wait may take
-CONSTANTS = "L SLAB COLUMNS TICKETS COUNTED _FLIGHT O_PROJ GATE_UP DOWN QKV".split()
+CONSTANTS = "L SLAB COLUMNS TICKETS FINISHED _FLIGHT O_PROJ GATE_UP DOWN QKV".split()
 COPY_THREADS = 64  # of the part that copies rows, each of which arrives
 
 
@@ -165,6 +165,7 @@ class Emulator:
             mbarrier_arrive=lambda barrier, increment_count: barrier.arrive(COPY_THREADS),
         )
         patch.setattr(stream_copies, "async_copy", copies)
+        patch.setattr(stream_copies, "_arrivals", self.arrivals)
         patch.setattr(weight_stream, "_barrier", lambda: None)
         patch.setattr(
             weight_stream, "mma_v2", lambda a, b, c: (c + a.double() @ b.double()).float()
@@ -211,14 +212,16 @@ class Emulator:
         self.together([(part, arguments, self.here.program) for part, arguments in parts])
 
     def atomic_add(self, pointer: Pointer, value: int, sem: str) -> Tensor:
-        if value == 0:  # somebody waits
-            time.sleep(0.0005)
-            if time.monotonic() > self.here.deadline:
-                raise TimeoutError("a counter in global memory")
         with self.lock:
             before = pointer.memory[pointer.offset].clone()
             pointer.memory[pointer.offset] += value
         return before
+
+    def arrivals(self, counter: Pointer) -> Tensor:
+        time.sleep(0.0005)
+        if time.monotonic() > self.here.deadline:
+            raise TimeoutError("a counter in global memory")
+        return counter.memory[counter.offset].clone()
 
     def allocate(self, dtype: torch.dtype, shape: list[int], layout: object) -> Shared:
         if layout is Barrier:

@@ -23,7 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from draftnorm.kernels import decode_norm, weight_stream
-from draftnorm.kernels.stream_copies import COUNTED
+from draftnorm.kernels.stream_copies import FINISHED
 from draftnorm.kernels.weight_stream import REGISTERS, SHARED_MEMORY
 from draftnorm.model import decode_step, streamed_layers
 from draftnorm.model.cache import KVCache
@@ -297,16 +297,17 @@ def test_only_weights_are_touched_before_the_wait(name: str, launches) -> None:
                 early.append(line)
         assert early and all("cp.async.bulk.tensor" in line for line in early)
         # Tickets are drawn behind the barrier that the inputs' part arrives on after its wait, and
-        # a phase is called finished behind the last of its row, when counters have been read.
+        # a program arrives at a phase behind the one on which its products have finished.
         assert tickets == (constants["FIRST"] <= 1 <= constants["LAST"])
         inputs = ptx[ptx.index("griddepcontrol.launch_dependents") :]
         assert "griddepcontrol.launch_dependents" not in inputs[1:]
         first = re.search(r"mbarrier\.arrive\.\S+ _, \[(\S+)\]", inputs)[1]
         opened = shared_offset(ptx, first)
-        counted = opened + 8 * (COUNTED.value - constants["FIRST"])
-        finished = ptx.count("atom.global.gpu.release")
-        assert finished == constants["LAST"] - constants["FIRST"]
-        for atomic, barrier in (("relaxed.add", opened), ("release.add", counted)):
+        finished = opened + 8 * (FINISHED.value - constants["FIRST"])
+        arrivals = ptx.count("atom.global.gpu.acq_rel.add")
+        assert arrivals == ptx.count("ld.acquire.gpu") == constants["LAST"] - constants["FIRST"]
+        assert "atom.global.gpu.release" not in ptx
+        for atomic, barrier in (("relaxed.add", opened), ("acq_rel.add", finished)):
             *parts, _ = ptx.split(f"atom.global.gpu.{atomic}")
             for before in parts:
                 waits = [*re.finditer(r"mbarrier\.try_wait\S* complete, \[(\S+)\]", before)]
@@ -328,7 +329,7 @@ def test_what_programs_tell_each_other_is_read_past_the_nearest_cache(name: str,
                 assert pointers and pointers <= IMMUTABLE, line
                 read |= pointers
             elif re.search(r"\bld\.", line):
-                assert re.search(r"\bld\.global\.(cg|gpu\.(acquire|relaxed))\.", line), line
+                assert re.search(r"\bld\.(global\.cg|acquire\.gpu\.global)\.", line), line
         constants = dict(launch.constants)
         if constants["NORM"]:
             assert ("norm_ptr" in read) == (constants["FIRST"] <= 1 <= constants["LAST"])
