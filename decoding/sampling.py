@@ -129,13 +129,15 @@ def warp(logits_V: Tensor, sampling: SamplingConfig) -> Tensor:
 
 
 def checked(token: int, position: int) -> int:
-    """A token that a device chose; ValueError if it found none, as no logit was a number."""
+    """A token that a device chose; ValueError if it found none, as the logits are no numbers."""
     if token < 0:
-        raise ValueError(f"the model's logits at position {position} hold NaN: broken weights?")
+        raise ValueError(
+            f"the model's logits at position {position} hold NaN or infinity: broken weights?"
+        )
     return token
 
 
 def _argmax(scores_V: Tensor, position: int) -> int:
     """The lowest id of the largest score. argmax takes NaN for the largest: one look finds any."""
     winner = int(scores_V.argmax())
-    return checked(-1 if math.isnan(scores_V[winner]) else winner, position)
+    return checked(winner if math.isfinite(scores_V[winner]) else -1, position)

@@ -170,6 +170,23 @@ def test_broken_weights_are_an_error(pair) -> None:
             next(run)
 
 
+def test_one_broken_logit_is_an_error(pair) -> None:
+    target, _ = pair
+    head = target.head_VD()
+    saved = head[7].clone()
+    for draft in (None, "ngram"):
+        run = speculate(target, None, [5, 6]) if draft else generate(target, None, [5, 6])
+        next(run)
+        try:
+            with torch.no_grad():
+                head[7] = torch.nan
+            with pytest.raises(ValueError, match="logits at position 3 hold NaN"):
+                list(run)
+        finally:
+            with torch.no_grad():
+                head[7] = saved
+
+
 def test_a_drafter_proposes_what_its_model_says(pair) -> None:
     _, draft = pair
     prompt = random_tokens(1, 40, 5)[0].tolist()

@@ -167,8 +167,11 @@ def test_inference_mode_compiles_the_store_out(D, many_rows):
     assert stores[0] > stores[1] > 0
     # 16 bytes a thread wherever rows are whole multiples of 16 bytes.
     assert set(re.findall(r"\bst\.global\S*", inference)) == {"st.global.v4.b32"}
-    # The wait stands before everything that touches memory.
+    # The wait stands before everything that reads memory; blocks ask for their lines before it.
     assert inference.index("griddepcontrol.wait") < inference.index("ld.global")
+    before, behind = inference.split("griddepcontrol.wait")
+    assert ("prefetch.global.L2" in before) == (many_rows and D <= 1024)
+    assert "prefetch" not in behind
 
 
 @pytest.mark.skipif(module.INTERPRETED, reason="nothing is compiled")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from draftnorm.kernels.decode_experts import route_rows, route_rows_reference
 from draftnorm.kernels.decode_norm import Norm, normalize
-from draftnorm.kernels.head import choose, choose_reference, embed
+from draftnorm.kernels.head import NO_TOKEN, choose, choose_reference, embed
 from draftnorm.kernels.projection import (
     Experts,
     Rotary,
@@ -185,6 +185,31 @@ def test_experts(renormalize: bool) -> None:
     assert_close(out, expected, 8 * (D + F))
     for m in (0, 2, 17):
         assert_close(layer(slice(m, m + 1))[0], expected[m], 8 * (D + F))
+
+
+@needs_run_time_loops
+@pytest.mark.parametrize("tiling", ["one block", "no slabs"])
+@pytest.mark.parametrize("broken", ["inf", "nan"])
+def test_one_logit_that_is_no_number_leaves_its_row_without_a_token(tiling: str, broken: str) -> None:
+    M, N, K = 3, 40, 64
+    x, weight = random(M, K), random(N, K, seed=1)
+    weight[:, :2] = 0.0
+    x[1, :2] = 3e38
+    weight[37, 0] = 10.0 if broken == "inf" else torch.nan  # one logit of one row, or of each
+    rows = [1] if broken == "inf" else [0, 1, 2]
+    tiles = -(-N // TILINGS[tiling].rows)
+    best = torch.zeros(M, tiles), torch.zeros(M, tiles, dtype=torch.int32)
+    logits = torch.zeros(M, N)
+    project(
+        logits, x, weight, rows=M, epilogue="argmax", workspace=workspace(1, M, N),
+        tiling=TILINGS[tiling], pdl=NO_PDL, best=best,
+    )  # fmt: skip
+    assert (~logits.isfinite()).nonzero().tolist() == [[row, 37] for row in rows]
+    chosen = torch.full((M,), -1, dtype=torch.int32)
+    choose(chosen, best, rows=M, vocabulary=N, tile_rows=TILINGS[tiling].rows, pdl=NO_PDL)
+    whole = logits.isfinite().all(1)
+    assert (chosen[~whole] == NO_TOKEN).all()
+    assert torch.equal(chosen[whole].long(), choose_reference(logits[whole]))
 
 
 def test_embed_and_choose() -> None:
