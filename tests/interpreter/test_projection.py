@@ -190,7 +190,7 @@ def test_experts(renormalize: bool) -> None:
 @needs_run_time_loops
 @pytest.mark.parametrize("tiling", ["one block", "no slabs"])
 @pytest.mark.parametrize("broken", ["inf", "nan"])
-def test_one_logit_that_is_no_number_leaves_its_row_without_a_token(tiling: str, broken: str) -> None:
+def test_one_logit_that_is_no_number_leaves_no_token(tiling: str, broken: str) -> None:
     M, N, K = 3, 40, 64
     x, weight = random(M, K), random(N, K, seed=1)
     weight[:, :2] = 0.0
