@@ -175,12 +175,12 @@ def _rms_norm_block_kernel(
     rows_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     if PDL:
         # Into the L2, where all multiprocessors meet: what the kernel before still writes is newer
-        # there. Only who starts while it runs gains, as norms behind each other do.
+        # there. Only who starts while it runs gains, as norms behind each other do; and only whole
+        # lines pay.
         LINE: tl.constexpr = 1024 // x_ptr.dtype.element_ty.primitive_bitwidth
-        if (1 << LEVELS) > LINE and tl.program_id(0) < _FIRST_WAVE:
-            line_1D = tl.arange(0, (1 << LEVELS) // LINE)[None, :] * LINE
-            ok_RD = (rows_R < M)[:, None] & (line_1D < D)
-            prefetch_l2(tl.where(ok_RD, x_ptr + rows_R[:, None] * x_stride + line_1D, x_ptr))
+        if D == 1 << LEVELS and D > LINE and tl.program_id(0) < _FIRST_WAVE:
+            row_ptrs = x_ptr + tl.minimum(rows_R, M - 1)[:, None] * x_stride
+            prefetch_l2(row_ptrs + tl.arange(0, D // LINE)[None, :] * LINE)
         gdc_wait()
         gdc_launch_dependents()
     columns_1D = tl.arange(0, 1 << LEVELS)[None, :]

@@ -170,7 +170,7 @@ def test_inference_mode_compiles_the_store_out(D, many_rows):
     # The wait stands before everything that reads memory; blocks ask for their lines before it.
     assert inference.index("griddepcontrol.wait") < inference.index("ld.global")
     before, behind = inference.split("griddepcontrol.wait")
-    assert ("prefetch.global.L2" in before) == (many_rows and D <= 1024)
+    assert ("prefetch.global.L2" in before) == (many_rows and D == 256)
     assert "prefetch" not in behind
 
 
