@@ -94,8 +94,6 @@ class Sampler:
         the favourite than noise can differ: drawing none for those halves the time.
         """
         favourite = log_weights_V[_argmax(log_weights_V, position)]
-        if favourite == -math.inf:
-            raise ValueError(f"no token has a finite logit at position {position}")
         live = torch.nonzero(log_weights_V >= favourite - GUMBEL_RANGE).squeeze(1)
         noise = torch.from_numpy(self.noise.gumbel(position, live.cpu().numpy(), stream))
         winner = _argmax(log_weights_V[live] + noise.to(log_weights_V.device), position)
@@ -129,7 +127,7 @@ def warp(logits_V: Tensor, sampling: SamplingConfig) -> Tensor:
 
 
 def checked(token: int, position: int) -> int:
-    """A token that a device chose; ValueError if it found none, as the logits are no numbers."""
+    """A token that was chosen; ValueError if none was, as the best logit is no finite number."""
     if token < 0:
         raise ValueError(
             f"the model's logits at position {position} hold NaN or infinity: broken weights?"

@@ -221,6 +221,7 @@ def _join_parts(
     acc_ptr, extremes_ptr, first, last, mask, dim, R: tl.constexpr, K: tl.constexpr,
     D: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    """The same, an aligned TOGETHER at a time."""
     r = tl.arange(0, R)[:, None, None]
     max_R = tl.full([R, 1, 1], _LOWEST, tl.float32)
     sum_R = tl.zeros([R, 1, 1], tl.float32)

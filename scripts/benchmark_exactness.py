@@ -121,7 +121,7 @@ def op_level(model: Transformer, tokens_T: Tensor, prompt: int) -> Iterator[dict
 
         def observe(launch: Launch) -> None:
             launch.call()
-            timing.synchronize()  # a token is in the host's memory, which copies nothing in turn
+            timing.synchronize()  # kernels write tokens to host memory: copying those does not wait
             # An expert's rows lie elsewhere when there are others; the next product sums them.
             if launch.kind not in ("route_rows", "mlp.experts.gate_up_proj"):
                 found.append((launch.kind, launch.out[:M].reshape(M, -1).clone()))

@@ -118,6 +118,14 @@ def test_nan_logits_are_reported(temperature: float) -> None:
         Sampler(SamplingConfig(temperature=temperature)).sample(row, 0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("row", [[0.0, math.inf, 1.0], [-math.inf] * 3])
+def test_logits_without_a_finite_best_are_reported(row: list[float], temperature: float) -> None:
+    sampler = Sampler(SamplingConfig(temperature=temperature))
+    with pytest.raises(ValueError, match="position 7 hold NaN or infinity"):
+        sampler.sample(torch.tensor(row), 7)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
