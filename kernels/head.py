@@ -48,13 +48,20 @@ def _embed_kernel(
 
 
 @triton.jit
-def best_token(best_ptr, best_id_ptr, row, C: tl.constexpr, BLOCK_C: tl.constexpr, V: tl.constexpr):
+def best_of(scores, token):
+    """The largest along axis 0 and its lowest id; a NaN, which must not hide, counts as inf."""
+    scores = tl.where(scores != scores, float("inf"), scores)
+    best = tl.max(scores, axis=0)
+    return best, tl.min(tl.where(scores == best, token, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit
+def best_token(best_ptr, best_id_ptr, row, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """The lowest id among the best tiles of a row, or NO_TOKEN."""
     tile = tl.arange(0, BLOCK_C)
     best_C = tl.load(best_ptr + row * C + tile, mask=tile < C, other=float("-inf"))
-    id_C = tl.load(best_id_ptr + row * C + tile, mask=tile < C, other=V - 1)
-    best = tl.max(best_C, axis=0)
-    token = tl.min(tl.where(best_C == best, id_C, V - 1), axis=0)
+    id_C = tl.load(best_id_ptr + row * C + tile, mask=tile < C)
+    best, token = best_of(best_C, id_C)
     return tl.where((best > float("-inf")) & (best < float("inf")), token, _NO_TOKEN)
 
 
@@ -77,14 +84,14 @@ def emit(
 @triton.jit(do_not_specialize=["T"])
 def _choose_kernel(
     chosen_ptr, best_ptr, best_id_ptr, token_ptr, length_ptr, ring_ptr, T,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, V: tl.constexpr, RING: tl.constexpr,
-    ADVANCE: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, RING: tl.constexpr, ADVANCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0)
-    token = best_token(best_ptr, best_id_ptr, row, C, BLOCK_C, V)
+    token = best_token(best_ptr, best_id_ptr, row, C, BLOCK_C)
     emit(token, row, chosen_ptr, token_ptr, length_ptr, ring_ptr, T, RING, ADVANCE)
 
 
@@ -133,8 +140,8 @@ def choose(
     tokens_M, lengths_B, ring = advance or (None, None, None)
     _choose_kernel[(rows,)](
         chosen_M, *best, tokens_M, lengths_B, ring, rows_per_sequence,
-        C, triton.next_power_of_2(C), vocabulary, 0 if ring is None else ring.shape[1],
-        advance is not None, **pdl,
+        C, triton.next_power_of_2(C), 0 if ring is None else ring.shape[1], advance is not None,
+        **pdl,
     )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ from draftnorm.kernels.decode_norm import (
     square_sums,
 )
 from draftnorm.kernels.gated import gated_reference
+from draftnorm.kernels.head import best_of
 from draftnorm.kernels.operands import arrive, eights, fetch, operand, prefetch_l2, sum_slabs
 from draftnorm.kernels.rms_norm import rms_norm_reference
 
@@ -292,11 +293,7 @@ def _projection_kernel(
     elif EPILOGUE == "argmax":
         if out_ptr is not None:
             tl.store(out_ptr + y_ptrs, acc, mask=y_mask)
-        acc = tl.where(acc != acc, float("inf"), acc)  # a NaN anywhere in the row must not hide
-        acc = tl.where(n_ok[:, None], acc, float("-inf"))
-        best_R = tl.max(acc, axis=0)
-        # Ties go to the lowest id.
-        id_R = tl.min(tl.where(acc == best_R[None, :], n_W[:, None], N - 1), axis=0)
+        best_R, id_R = best_of(tl.where(n_ok[:, None], acc, float("-inf")), n_W[:, None])
         place = rows * tl.cdiv(N, W) + tile
         tl.store(best_ptr + place, best_R, mask=row_ok)
         tl.store(best_id_ptr + place, id_R, mask=row_ok)

@@ -31,13 +31,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from draftnorm.kernels.head import NO_TOKEN, best_token, emit
+from draftnorm.kernels.head import NO_TOKEN, best_of, best_token, emit
 
 WARPS, GROUP = 32, 64  # warps of _decide, tiles of a block of its passes
 TILE = 128  # tokens of a tile
 WORDS = 7  # temperature, top-p, min-p (bits of fp64), top-k, seed, stream, request id
 _WORDS: tl.constexpr = tl.constexpr(WORDS)
-_NO_TOKEN: tl.constexpr = tl.constexpr(NO_TOKEN)
 _INF: tl.constexpr = tl.constexpr(float("inf"))
 
 
@@ -65,16 +64,6 @@ def noisy(logits, position, token, setting_ptr):
     # Exact: 23 bits and a half. tl.log is accurate near 1, where the winners' u lie.
     u = ((noise_bits(position, token, setting_ptr) >> 9).to(tl.float32) + 0.5) * (2.0**-23)
     return scores, scores - tl.log(-tl.log(u))
-
-
-@triton.jit
-def best_of(noisy, token):
-    """The largest along axis 0 and its lowest id; for NaN (inf, NO_TOKEN), which nothing beats."""
-    broken = noisy != noisy
-    noisy = tl.where(broken, _INF, noisy)
-    best = tl.max(noisy, axis=0)
-    token = tl.where(broken, _NO_TOKEN, token)
-    return best, tl.min(tl.where(noisy == best, token, 0x7FFFFFFF), axis=0)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -168,7 +157,7 @@ def _decide_kernel(
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     C: tl.constexpr = (V + TILE - 1) // TILE
-    token = best_token(best_ptr, best_id_ptr, row, C, BLOCK_C, V)
+    token = best_token(best_ptr, best_id_ptr, row, C, BLOCK_C)
     settings_ptr += row // T * _WORDS
     top_p, min_p = load_fraction(settings_ptr + 1), load_fraction(settings_ptr + 2)
     top_k = tl.minimum(tl.load(settings_ptr + 3), V).to(tl.int32)
@@ -280,7 +269,7 @@ def sample(
     advance: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """Launch: fp32 logits [M, V] -> the token after each row, int32 [M], or NO_TOKEN where they
-    hold NaN or nothing finite. Nothing is allocated; V alone decides what is compiled.
+    hold NaN, infinity or nothing finite. Nothing is allocated; V alone decides what is compiled.
 
     Row m stands at positions_M[m] (int32) and its token at the next one; it belongs to sequence
     m // rows_per_sequence, whose settings (int64 [B, 7], `pack_settings`) hold. `advance` =
@@ -306,7 +295,7 @@ def sample_reference(logits_V: Tensor, noise_V: Tensor, settings_W: Tensor) -> i
     """The definition for one row, given its Gumbel noise; weights in fp64."""
     temperature, top_p, min_p = settings_W[:3].view(torch.float64).tolist()
     top_k = int(settings_W[3])
-    if logits_V.isnan().any() or logits_V.max() == -torch.inf:
+    if not logits_V.max().isfinite():  # of NaN and more, max is NaN
         return NO_TOKEN
     scores_V, ids_V = (logits_V / temperature).sort(descending=True, stable=True)
     weights_V = (scores_V - scores_V[0]).double().exp()

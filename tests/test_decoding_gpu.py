@@ -170,21 +170,23 @@ def test_broken_weights_are_an_error(pair) -> None:
             next(run)
 
 
-def test_one_broken_logit_is_an_error(pair) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_one_broken_logit_is_an_error(pair, temperature: float, value: float) -> None:
     target, _ = pair
-    head = target.head_VD()
-    saved = head[7].clone()
-    for draft in (None, "ngram"):
-        run = speculate(target, None, [5, 6]) if draft else generate(target, None, [5, 6])
+    head = target.head_VD().detach()
+    saved = head[7:9].clone()
+    options = dict(sampling=SamplingConfig(temperature=temperature))
+    for start in (generate, speculate):
+        run = start(target, None, [5, 6], **options)
         next(run)
         try:
-            with torch.no_grad():
-                head[7] = torch.nan
-            with pytest.raises(ValueError, match="logits at position 3 hold NaN"):
+            # Whatever the sign of what they meet: one logit is infinite, the other excluded.
+            head[7, 0], head[8, 0] = value, -value
+            with pytest.raises(ValueError, match="logits at position 3 hold NaN or infinity"):
                 list(run)
         finally:
-            with torch.no_grad():
-                head[7] = saved
+            head[7:9] = saved
 
 
 def test_a_drafter_proposes_what_its_model_says(pair) -> None:

@@ -98,7 +98,7 @@ def test_draws_follow_the_warped_distribution() -> None:
         assert chisquare(counts[live], expected[live], sum_check=False).pvalue > 1e-3
 
 
-def test_a_captured_graph_follows_new_settings_and_marks_nan() -> None:
+def test_a_captured_graph_follows_new_settings_and_marks_nan_and_infinity() -> None:
     M, V = 5, 49_152
     logits_MV, positions_M = make_rows(M, V), torch.arange(30, 30 + M)
     device = torch.device("cuda")
@@ -121,6 +121,8 @@ def test_a_captured_graph_follows_new_settings_and_marks_nan() -> None:
         graph.replay()
         expected = draw(logits_MV, positions_M, [dict(**config, seed=i)])
         assert torch.equal(chosen.cpu(), expected), config
-    held[0][2, 40_000] = math.nan
-    graph.replay()
-    assert (chosen.cpu() == NO_TOKEN).tolist() == [False, False, True, False, False]
+    held[0][1, 30_000], held[0][2, 40_000] = math.inf, math.nan
+    for i, config in enumerate(SETTINGS):
+        settings_BW.copy_(pack_settings(**config, seed=i)[None])
+        graph.replay()
+        assert (chosen.cpu() == NO_TOKEN).tolist() == [False, True, True, False, False]

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from draftnorm.decoding.noise import DRAFT, EXACT, Noise
 from draftnorm.decoding.sampling import Sampler, SamplingConfig, warp
-from draftnorm.kernels.head import NO_TOKEN
+from draftnorm.kernels.head import NO_TOKEN, best_of
 from draftnorm.kernels.sample import (
     SampleWorkspace,
-    best_of,
     noise_bits,
     noisy,
     pack_settings,
@@ -156,9 +155,11 @@ def test_no_token_is_marked_and_stays_in_its_row(config: dict) -> None:
     config = dict(temperature=1.0) | config
     logits_MV = make_rows(3)
     expected = draw(logits_MV, [5, 6, 7], [config])
-    for nothing, where in ((math.nan, 50), (-math.inf, slice(None))):
+    for nothing, where in ((math.inf, 50), (math.nan, 50), (-math.inf, slice(None))):
         logits_MV[1, where] = nothing
         assert draw(logits_MV, [5, 6, 7], [config]) == [expected[0], NO_TOKEN, expected[2]]
+        noise_V, settings_W = torch.zeros(V), pack_settings(**config)
+        assert sample_reference(logits_MV[1], noise_V, settings_W) == NO_TOKEN
 
 
 @needs_run_time_loops
@@ -200,5 +201,5 @@ def test_an_epilogue_over_columns_of_rows_draws_the_same() -> None:
     positions = torch.tensor([3, 4, 5, 6], dtype=torch.int32)
     packed = torch.stack([pack_settings(**one) for one in settings])
     _epilogue_kernel[(1,)](best, winner, logits_MV, positions, packed, V, 128, 4)
-    assert winner.tolist() == tokens
+    assert winner.tolist() == [*tokens[:3], 5] and tokens[3] == NO_TOKEN
     assert torch.equal(best, workspace.best[0][:, 0])

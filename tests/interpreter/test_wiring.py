@@ -168,6 +168,26 @@ def test_broken_weights_are_an_error(temperature: float, steps: list[DecodeStep]
             next(run)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("path", ["kernels", "readable"])
+def test_one_broken_logit_is_the_same_error(
+    path: str, value: float, temperature: float, request
+) -> None:
+    if path == "kernels":
+        request.getfixturevalue("steps")
+    options = dict(sampling=SamplingConfig(temperature=temperature), max_new_tokens=4)
+    for start in (generate, speculate):
+        model = tiny(1)
+        run = start(model, None, PROMPT, **options)
+        next(run)
+        head_VD = model.head_VD().detach()
+        # Whatever the sign of what they meet: one logit is infinite, the other excluded.
+        head_VD[30, 0], head_VD[31, 0] = value, -value
+        with pytest.raises(ValueError, match="logits at position 6 hold NaN or infinity"):
+            next(run)
+
+
 @pytest.mark.parametrize("end", ["done", "closed", "failed", "unread"])
 def test_nothing_outlives_a_generation(end: str, steps: list[DecodeStep]) -> None:
     """Its cache and graphs are gigabytes, and must not wait for the garbage collector."""
