@@ -310,22 +310,17 @@ class _AnonymousMemory:
 
 def markdown(document: dict[str, Any]) -> str:
     """A table that can be pasted."""
-    number = report.number
     target, load = document["target"], document["load"]
-    head = "prompt, new, engine, tokens/s, spread, first token, × plain, × transformers"
+    head = (
+        "prompt | new | engine | tokens/s | spread | first token | × plain | × transformers | "
+        "tokens a cycle | accepted | tokens as plain"
+    )
+    ratios = ("times_plain", "times_transformers", "tokens_per_cycle", "acceptance_rate")
     rows = [
-        [
-            row["prompt_tokens"],
-            row["new_tokens"],
-            row["engine"],
-            *report.rates(row),
-            f"{row['first_token_seconds']:.3f} s",
-            number(row["times_plain"], ".2f"),
-            number(row["times_transformers"], ".2f"),
-            number(row["tokens_per_cycle"], ".2f"),
-            number(row["acceptance_rate"], ".2f"),
-            "yes" if row["same_tokens_as_plain"] else "no",
-        ]
+        f"{row['prompt_tokens']} | {row['new_tokens']} | {row['engine']} | {report.rates(row)} | "
+        f"{row['first_token_seconds']:.3f} s | "
+        f"{' | '.join(report.number(row[key], '.2f') for key in ratios)} | "
+        f"{'yes' if row['same_tokens_as_plain'] else 'no'}"
         for row in document["results"]
     ]
     return "\n".join(
@@ -336,9 +331,7 @@ def markdown(document: dict[str, Any]) -> str:
             "MB of host memory beyond the model's own. Greedy, median of "
             f"{document['repeats']}.",
             "",
-            *report.table(
-                [*head.split(", "), "tokens a cycle", "accepted", "tokens as plain"], rows
-            ),
+            *report.table(head, rows),
         ]
     )
 

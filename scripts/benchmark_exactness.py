@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         token_level(model, draft, tokens_T.tolist(), args.draft_length, args.new_tokens),
     ):
         results.append(row)
-        timing.progress(" · ".join(_cells(row)))
+        timing.progress(_cells(row))
     document = {
         **report.describe_benchmark(SCHEMA, args, model.device),
         "model": args.shape or args.target or "target",
@@ -250,15 +250,15 @@ def token_level(
 def markdown(document: dict[str, Any]) -> str:
     """A table that can be pasted."""
     verdict = "every bit is equal" if document["equal"] else "**BITS DIFFER**"
-    rows = map(_cells, document["results"])
-    head = ["level", "what", "of", "compared", "equal"]
     title = f"{document['model']}, {document['dtype']}: {verdict}."
-    return "\n".join([title, "", *report.table(head, rows)])
+    rows = map(_cells, document["results"])
+    return "\n".join([title, "", *report.table("level | what | of | compared | equal", rows)])
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    equal = f"{row['equal']:,}" if row["equal"] == row["compared"] else f"**{row['equal']:,}**"
-    return [row["level"], row["what"], row["of"], f"{row['compared']:,}", equal]
+def _cells(row: dict[str, Any]) -> str:
+    mark = "" if row["equal"] == row["compared"] else "**"
+    compared = f"{row['compared']:,} | {mark}{row['equal']:,}{mark}"
+    return f"{row['level']} | {row['what']} | {row['of']} | {compared}"
 
 
 def _row(level: str, what: str, of: str, compared: int, equal: int) -> dict[str, Any]:

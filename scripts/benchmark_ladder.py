@@ -102,17 +102,12 @@ def markdown(document: dict[str, Any]) -> str:
         above = before if before and before["shape"] == row["shape"] else None
         saved = above and 1e6 * (above["step_seconds"] - row["step_seconds"])
         rows.append(
-            [
-                row["shape"],
-                row["rung"],
-                f"{1e6 * row['step_seconds']:.1f}",
-                report.number(saved, ".1f"),
-                *report.rates(row),
-                "equal" if row["equal_bits"] else "OTHER",
-            ]
+            f"{row['shape']} | {row['rung']} | {1e6 * row['step_seconds']:.1f} | "
+            f"{report.number(saved, '.1f')} | {report.rates(row)} | "
+            f"{'equal' if row['equal_bits'] else 'OTHER'}"
         )
         before = row
-    head = ["shape", "rung", "step, µs", "saved, µs", "tokens/s", "spread", "bits"]
+    head = "shape | rung | step, µs | saved, µs | tokens/s | spread | bits"
     title = (
         f"{document['dtype']}, {document['prompt_tokens']} + {document['new_tokens']} tokens, "
         f"median of {document['repeats']}."

@@ -208,28 +208,26 @@ def markdown(document: dict[str, Any]) -> str:
         ours = cells.get((*shape, "inference"), rows[0])
         bound = ours["times_copy_limit"] < 10  # by bandwidth: a launch of one row is all latency
         title = f"{shape[0]:,} × {shape[1]:,}"
-        wall.append([title, *(f"{r['wall_seconds'] * 1e6:.1f}" for r in rows)])
+        limit = f"{ours['bytes'] / bandwidth * 1e6:.2f}" if bound else "–"
+        times = f"{ours['times_copy_limit']:.3f}" if bound else "–"
+        micros = " | ".join(f"{r['device_seconds'] * 1e6:.2f}" for r in rows)
         device.append(
-            [
-                title,
-                f"{ours['bytes'] / bandwidth * 1e6:.2f}" if bound else "–",
-                *(f"{r['device_seconds'] * 1e6:.2f}" for r in rows),
-                f"{ours['gigabytes_per_second']:,.0f}",
-                f"{ours['times_copy_limit']:.3f}" if bound else "–",
-            ]
+            f"{title} | {limit} | {micros} | {ours['gigabytes_per_second']:,.0f} | {times}"
         )
+        wall.append(" | ".join([title, *(f"{r['wall_seconds'] * 1e6:.1f}" for r in rows)]))
+    engines = " | ".join(names)
     return "\n".join(
         [
             f"RMSNorm, {document['dtype']}, device µs a call (median of {document['repeats']} "
             f"graph replays). Copy limit: {bandwidth / 1e12:.2f} TB/s, measured in this run.",
             "",
             *report.table(
-                ["rows × hidden", "copy limit", *names, "inference GB/s", "× limit"], device
+                f"rows × hidden | copy limit | {engines} | inference GB/s | × limit", device
             ),
             "",
             "Eager wall µs a call, host included.",
             "",
-            *report.table(["rows × hidden", *names], wall),
+            *report.table(f"rows × hidden | {engines}", wall),
         ]
     )
 

@@ -272,51 +272,36 @@ def markdown(document: dict[str, Any]) -> str:
         f"{_megabytes(document['extra_memory_bytes'])} MB.",
         "",
         *table(
-            "prompt|new|engine|tokens/s|spread|of the limit|first token|warm-up".split("|"),
-            [
-                [
-                    row["prompt_tokens"],
-                    row["new_tokens"],
-                    row["engine"],
-                    *report.rates(row),
-                    f"{row['limit_share']:.1%}",
-                    f"{1e3 * row['first_token_seconds']:.1f} ms",
-                    f"{row['warm_up_seconds']:.1f} s",
-                ]
+            "prompt | new | engine | tokens/s | spread | of the limit | first token | warm-up",
+            (
+                f"{row['prompt_tokens']} | {row['new_tokens']} | {row['engine']} | "
+                f"{report.rates(row)} | {row['limit_share']:.1%} | "
+                f"{1e3 * row['first_token_seconds']:.1f} ms | {row['warm_up_seconds']:.1f} s"
                 for row in document["results"]
-            ],
+            ),
         ),
         *(f"\n{note}" for note in document["notes"]),
         "",
         f"Products reach {document['product_flops_per_second'] / 1e12:.0f} TFLOP/s.",
         "",
         *table(
-            "prefill|ms|tokens/s|of the products' rate|MB beyond weights and cache".split("|"),
-            [
-                [
-                    f"{row['prompt_tokens']:,}",
-                    f"{1e3 * row['seconds']:.2f}",
-                    f"{row['tokens_per_second']:,.0f}",
-                    f"{row['product_share']:.1%}",
-                    _megabytes(row["extra_memory_bytes"]),
-                ]
+            "prefill | ms | tokens/s | of the products' rate | MB beyond weights and cache",
+            (
+                f"{row['prompt_tokens']:,} | {1e3 * row['seconds']:.2f} | "
+                f"{row['tokens_per_second']:,.0f} | {row['product_share']:.1%} | "
+                f"{_megabytes(row['extra_memory_bytes'])}"
                 for row in document["prefill"]
-            ],
+            ),
         ),
         "",
         *table(
-            "context|rows|step, µs|× one row|experts a layer|× bytes of one row".split("|"),
-            [
-                [
-                    f"{row['context']:,}",
-                    row["rows"],
-                    f"{1e6 * row['seconds']:.1f}",
-                    f"{row['times_one_row']:.3f}",
-                    number(row["experts_touched"], ".2f"),
-                    f"{row['times_bytes']:.3f}",
-                ]
+            "context | rows | step, µs | × one row | experts a layer | × bytes of one row",
+            (
+                f"{row['context']:,} | {row['rows']} | {1e6 * row['seconds']:.1f} | "
+                f"{row['times_one_row']:.3f} | {number(row['experts_touched'], '.2f')} | "
+                f"{row['times_bytes']:.3f}"
                 for row in document["steps"]
-            ],
+            ),
         ),
     ]
     for context in dict.fromkeys(row["context"] for row in document["kernels"]):
@@ -327,26 +312,20 @@ def markdown(document: dict[str, Any]) -> str:
         cells = []
         for row in rows:
             calls, floor = row["calls"], row["limit_seconds"]
+            share = number(floor and row["seconds"] and floor / row["seconds"], ".0%")
             cells.append(
-                [
-                    row["kind"],
-                    calls,
-                    f"{1e6 * row['seconds'] / calls:.2f}",
-                    f"{row['bytes'] / calls / 1e6:.2f}",
-                    number(floor and 1e6 * floor / calls, ".2f"),
-                    number(floor and row["seconds"] and floor / row["seconds"], ".0%"),
-                    f"{1e6 * row['seconds']:.1f}",
-                    f"{row['share']:.1%}",
-                ]
+                f"{row['kind']} | {calls} | {1e6 * row['seconds'] / calls:.2f} | "
+                f"{row['bytes'] / calls / 1e6:.2f} | {number(floor and 1e6 * floor / calls, '.2f')}"
+                f" | {share} | {1e6 * row['seconds']:.1f} | {row['share']:.1%}"
             )
         ends = [("all, one after another", total), ("the step, overlapped", step)]
         cells += [
-            [name, "", "", "", f"{1e6 * limits:.1f} a step", f"{limits / seconds:.0%}",
-             f"{1e6 * seconds:.1f}", f"{seconds / step:.1%}"]
+            f"{name} |  |  |  | {1e6 * limits:.1f} a step | {limits / seconds:.0%} | "
+            f"{1e6 * seconds:.1f} | {seconds / step:.1%}"
             for name, seconds in ends
-        ]  # fmt: skip
-        head = f"kernels at {context:,}|calls|µs a call|MB a call|limit, µs|of bandwidth"
-        lines += ["", *table([*head.split("|"), "µs a step", "of a step"], cells)]
+        ]
+        head = f"kernels at {context:,} | calls | µs a call | MB a call | limit, µs | of bandwidth"
+        lines += ["", *table(f"{head} | µs a step | of a step", cells)]
     return "\n".join(lines)
 
 

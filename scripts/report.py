@@ -189,10 +189,10 @@ def headline(document: dict[str, Any]) -> str:
     return " · ".join([*parts, document["date"][:10]])
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Lines of a markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(map(str, cells))} |" for cells in lines]
+def table(head: str, rows: Iterable[str]) -> list[str]:
+    """Lines of a markdown table, each given as "cell | cell | cell"."""
+    rule = " | ".join(["---"] * (1 + head.count("|")))
+    return [f"| {line} |" for line in (head, rule, *rows)]
 
 
 def number(value: float | None, form: str) -> str:
@@ -200,10 +200,10 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def rates(row: dict[str, Any]) -> list[str]:
+def rates(row: dict[str, Any]) -> str:
     """Two cells of a table: tokens a second, and their spread (timing.spread)."""
     median, *ends = (number(row[k], ",.1f") for k in ("tokens_per_second", "slowest", "fastest"))
-    return [median, " – ".join(ends)]
+    return f"{median} | {' – '.join(ends)}"
 
 
 def comma_separated(document: dict[str, Any]) -> str:
