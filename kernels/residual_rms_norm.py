@@ -25,24 +25,10 @@ from draftnorm.kernels.rms_norm import (
 
 @triton.jit(do_not_specialize=["M"])
 def _residual_rms_norm_kernel(
-    y_ptr,
-    summed_ptr,
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    rstd_ptr,
-    x_stride,
-    residual_stride,
-    M,
-    eps,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    LEVELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    MODE: tl.constexpr,
-    STORE_RSTD: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y_ptr, summed_ptr, x_ptr, residual_ptr, weight_ptr, rstd_ptr, x_stride, residual_stride, M, eps,
+    D: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr,
+    MODE: tl.constexpr, STORE_RSTD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()

@@ -89,13 +89,9 @@ def row_rstd(x_RD, eps, D: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr):
 
 @triton.jit
 def load_factor(
-    weight_ptr,
-    dtype,
-    D: tl.constexpr,
-    LEVELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    MODE: tl.constexpr,
-):
+    weight_ptr, dtype,
+    D: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
     """offset + w, each rounded to `dtype` unless the mode is gemma -> fp32 [1, 2^LEVELS]."""
     columns_1D = tl.arange(0, 1 << LEVELS)[None, :]
     factor_1D = tl.load(weight_ptr + columns_1D, mask=columns_1D < D, other=0.0)
@@ -105,16 +101,10 @@ def load_factor(
 
 @triton.jit
 def normalize_rows(
-    x_RD,
-    weight_ptr,
-    eps,
-    dtype,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    LEVELS: tl.constexpr,
-    OFFSET: tl.constexpr,
+    x_RD, weight_ptr, eps, dtype,
+    D: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr,
     MODE: tl.constexpr,
-):
+):  # fmt: skip
     """Normalise fp32 rows of `dtype` values -> (y fp32 [R, 2^LEVELS], rstd fp32 [R])."""
     rstd_R = row_rstd(x_RD, eps, D, R, LEVELS)
     scale_R = rstd_R.to(dtype).to(tl.float32) if MODE == "none" else rstd_R
@@ -127,19 +117,10 @@ def normalize_rows(
 
 @triton.jit
 def _rms_norm_row_kernel(
-    y_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    x_stride,
-    eps,
-    D: tl.constexpr,
-    LEVELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    MODE: tl.constexpr,
-    STORE_RSTD: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y_ptr, x_ptr, weight_ptr, rstd_ptr, x_stride, eps,
+    D: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr, MODE: tl.constexpr,
+    STORE_RSTD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:  # before every load: even the weight may be an optimiser's latest write
         gdc_wait()
         gdc_launch_dependents()
@@ -157,21 +138,10 @@ def _rms_norm_row_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_block_kernel(
-    y_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    x_stride,
-    M,
-    eps,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    LEVELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    MODE: tl.constexpr,
-    STORE_RSTD: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y_ptr, x_ptr, weight_ptr, rstd_ptr, x_stride, M, eps,
+    D: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr,
+    MODE: tl.constexpr, STORE_RSTD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     rows_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     if PDL:
         # Into the L2, where all multiprocessors meet: what the kernel before still writes is newer
@@ -196,22 +166,10 @@ def _rms_norm_block_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_backward_kernel(
-    dx_ptr,
-    dweight_partial_ptr,
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    dy_stride,
-    x_stride,
-    M,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    LEVELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    MODE: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    dx_ptr, dweight_partial_ptr, dy_ptr, x_ptr, weight_ptr, rstd_ptr, dy_stride, x_stride, M,
+    D: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr,
+    MODE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """With x̂ = x · rstd and g = dy · (offset + w):  dx = rstd · (g − x̂ · mean(g · x̂)),
     dw = Σ over rows of dy · x̂, of which each program stores its own share."""
     program = tl.program_id(0).to(tl.int64)
