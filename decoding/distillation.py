@@ -4,8 +4,7 @@ What decides a draft's worth is how often the target agrees with it on the targe
 draft is trained on text that the target generated, beside real text, towards the target's whole
 distribution and, for greedy decoding, towards its first choice.
 
-Shapes: B sequences, T tokens, S tokens of a whole sequence, M rows (B·T), V vocabulary,
-N draft tokens.
+Shapes: B sequences, T tokens, S tokens of a whole sequence, M rows (B·T), V vocabulary.
 Sources: Hinton et al. 2015; Zhou et al. 2024 (DistillSpec: on-policy data); Leviathan et al. 2023
 (acceptance is the overlap of the two distributions).
 """
@@ -182,20 +181,3 @@ def distillation_loss(target: Transformer, *, first_choice: float = 0.5) -> Loss
         return draft_loss(draft, context_BT, *wanted(target, context_BT, first_choice=first_choice))
 
     return loss_of
-
-
-def simulate_cycles(accepted_BT: Tensor, draft_length: int) -> tuple[float, float]:
-    """(Tokens per cycle, acceptance rate) if draft t of a sequence is good where accepted[b, t].
-
-    While drafts are accepted, the draft's context is the target's own text; so the agreement of
-    both models on that text, known for every position, tells what every cycle would have accepted.
-    """
-    tokens = cycles = 0
-    for row in accepted_BT.tolist():
-        at = 0
-        while at + draft_length < len(row):  # a cycle cut by the end would look like a rejection
-            run = next((i for i in range(draft_length) if not row[at + i]), draft_length)
-            at, tokens, cycles = at + run + 1, tokens + run + 1, cycles + 1
-    if cycles == 0:
-        raise ValueError(f"no whole cycle of {draft_length=} fits in {tuple(accepted_BT.shape)}")
-    return tokens / cycles, (tokens / cycles - 1) / draft_length

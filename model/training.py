@@ -66,59 +66,35 @@ class TrainingConfig:
         return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
 
 
+def llama_config(**fields: int | str) -> ModelConfig:
+    """The draft's layout: tied head, special tokens as our tokenizers have them."""
+    return ModelConfig(
+        tie_embeddings=True, bos_token_id=1, eos_token_ids=(2,), initializer_range=0.03, **fields
+    )
+
+
 def mixtral_config(**sizes: int) -> ModelConfig:
-    """The target's layout: tied head, special tokens as our tokenizers have them."""
-    return ModelConfig(
-        architecture="mixtral",
-        intermediate_size=sizes["expert_size"],
-        tie_embeddings=True,
-        bos_token_id=1,
-        eos_token_ids=(2,),
-        initializer_range=0.03,
-        **sizes,
-    )
-
-
-def llama_config(**sizes: int) -> ModelConfig:
-    """The draft's layout: dense, the target's vocabulary and context, tied head."""
-    return ModelConfig(
-        tie_embeddings=True, bos_token_id=1, eos_token_ids=(2,), initializer_range=0.03, **sizes
-    )
+    """The target's layout: the same with experts in every layer."""
+    return llama_config(architecture="mixtral", intermediate_size=sizes["expert_size"], **sizes)
 
 
 # "target" was trained on one GPU; "tiny" shows every moving part within a minute on a CPU.
 PRESETS: dict[str, tuple[ModelConfig, TrainingConfig]] = {
     "target": (
         mixtral_config(
-            vocab_size=8192,
-            hidden_size=256,
-            num_layers=6,
-            num_heads=8,
-            num_kv_heads=2,
-            head_size=32,
-            num_experts=8,
-            experts_per_token=2,
-            expert_size=208,
-            context=2048,
+            vocab_size=8192, hidden_size=256, num_layers=6, num_heads=8, num_kv_heads=2,
+            head_size=32, num_experts=8, experts_per_token=2, expert_size=208, context=2048,
         ),
         TrainingConfig(steps=6000, batch_size=64, block_size=1024, warmup_steps=200),
     ),
     "tiny": (
         mixtral_config(
-            vocab_size=512,
-            hidden_size=64,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_size=16,
-            num_experts=4,
-            experts_per_token=2,
-            expert_size=64,
-            context=256,
+            vocab_size=512, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
+            head_size=16, num_experts=4, experts_per_token=2, expert_size=64, context=256,
         ),
         TrainingConfig(steps=150, batch_size=8, block_size=128, warmup_steps=20),
     ),
-}
+}  # fmt: skip
 
 
 def router_losses(
