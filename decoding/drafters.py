@@ -15,7 +15,6 @@ from torch import Tensor
 from draftnorm.decoding.noise import DRAFT, EXACT
 from draftnorm.decoding.sampling import Sampler, checked, warp
 from draftnorm.kernels.compilation import Progress
-from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.decode_step import ROWS, DecodeStep
 from draftnorm.model.open_step import open_step
@@ -119,9 +118,7 @@ class ModelDrafter:
     ) -> None:
         self._model, self._sampler, self._stream = model, sampler, stream
         self._context = min(model.config.context, capacity)
-        self._cache = KVCache(
-            model.config, capacity=self._context, device=model.device, dtype=model.dtype
-        )
+        self._cache = model.new_cache(self._context)
         first = (2, 1)  # rows of the first step, and of every other; ROWS to catch up
         self.engine = open_step(
             model,

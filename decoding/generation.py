@@ -20,7 +20,6 @@ from draftnorm.decoding.request import Request
 from draftnorm.decoding.sampling import checked
 from draftnorm.decoding.statistics import Chunk, Result, SpeculationStatistics
 from draftnorm.decoding.transcript import Transcript
-from draftnorm.model.cache import KVCache
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.open_step import open_step
 from draftnorm.model.tokenizer import Tokenizer
@@ -56,12 +55,7 @@ class PlainDecoder:
         """
         self.model, self.sampler, self.clock = model, request.sampler, request.clock
         self._progress = request.progress
-        self.cache = KVCache(
-            model.config,
-            capacity=request.longest + slack,
-            device=model.device,
-            dtype=model.dtype,
-        )
+        self.cache = model.new_cache(request.longest + slack)
         self.engine = open_step(
             model,
             self.cache,

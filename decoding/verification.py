@@ -15,7 +15,6 @@ from torch import Tensor
 
 from draftnorm.decoding.noise import ACCEPT, RESIDUAL
 from draftnorm.decoding.sampling import Sampler, warp
-from draftnorm.model.cache import KVCache
 from draftnorm.model.transformer import Transformer
 
 ACCEPTANCE = ("exact", "rejection")
@@ -98,10 +97,7 @@ def first_difference(
     for index, tokens in enumerate(zip(*padded, strict=True)):
         if tokens[0] != tokens[1]:
             context = [*prompt_ids, *a[:index]]
-            cache = KVCache(
-                model.config, capacity=len(context), device=model.device, dtype=model.dtype
-            )
-            logits_V = model.prefill(torch.tensor(context, device=model.device), cache)
+            logits_V = model.prefill(context, model.new_cache(len(context)))
             first, second = torch.topk(logits_V, 2).values.tolist()
             return Difference(index, tokens, first - second)
     return None

@@ -52,12 +52,7 @@ def block_attention(
         if window is not None:
             mask_TS &= key_S > query_T1 - window
     out_BHTK = scaled_dot_product_attention(
-        q_BHTK,
-        k_BGSK,
-        v_BGSK,
-        attn_mask=mask_TS,
-        is_causal=mask_TS is None,
-        enable_gqa=grouped,
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask_TS, is_causal=mask_TS is None, enable_gqa=grouped
     )
     return out_BHTK.transpose(1, 2)
 

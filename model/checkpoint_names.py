@@ -97,11 +97,7 @@ def is_harmless(name: str, config: ModelConfig) -> bool:
 
 
 def _tile(
-    config: ModelConfig,
-    parameter: str,
-    shape: tuple[int, ...],
-    prefix: str,
-    names: tuple[str, ...],
+    config: ModelConfig, parameter: str, shape: tuple[int, ...], prefix: str, names: tuple[str, ...]
 ) -> Iterator[tuple[str, Piece]]:
     """The pieces of one parameter in one spelling, from the top row down."""
     per_expert = "{e}" in names[0]

@@ -23,11 +23,7 @@ class MemoryNeed:
 
     @classmethod
     def of(
-        cls,
-        configs: Sequence[ModelConfig],
-        capacity: int,
-        device: torch.device,
-        dtype: torch.dtype,
+        cls, configs: Sequence[ModelConfig], capacity: int, device: torch.device, dtype: torch.dtype
     ) -> "MemoryNeed":
         """For models that are not loaded yet, each with a cache of `capacity` or its context."""
         return cls(

@@ -342,6 +342,10 @@ class Transformer(nn.Module):
         frequencies = inverse_frequencies(self.config.head_size, **rope)
         return frequencies.to(self.device, non_blocking=True)
 
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for one sequence of so many tokens."""
+        return KVCache(self.config, capacity=capacity, device=self.device, dtype=self.dtype)
+
     def head_VD(self) -> Tensor:
         """The output embedding, which may be the input one."""
         return (self.model.embed_tokens if self.config.tie_embeddings else self.lm_head).weight

@@ -40,7 +40,7 @@ from draftnorm.scripts import options, report, timing
 from draftnorm.scripts.benchmark_decode import benchmark_prompt
 from draftnorm.scripts.benchmark_shape import random_model
 from draftnorm.scripts.shapes import NAMES
-from draftnorm.scripts.step_times import Launch, new_cache, observe_step, scattered_tokens
+from draftnorm.scripts.step_times import Launch, observe_step, scattered_tokens
 
 SCHEMA = "draftnorm/benchmark-exactness/1"
 LADDER = (*range(1, 18), 31, 32, 33, 64, 144)
@@ -111,7 +111,7 @@ def _subject(args: argparse.Namespace) -> tuple[Transformer, Transformer | None,
 def op_level(model: Transformer, tokens_T: Tensor, prompt: int) -> Iterator[dict[str, Any]]:
     """Every kernel of a step of M rows, and of M steps of one: each row of its result."""
     most = min(max(LADDER), len(tokens_T) - prompt)
-    cache = new_cache(model, prompt + most)
+    cache = model.new_cache(prompt + most)
     step = DecodeStep(model, cache, rows=most)
     step.prepare(sorted({1, most}), (), range(prompt, prompt + 1))
     model.prefill(tokens_T[:prompt], cache)
@@ -149,7 +149,7 @@ def model_and_cache_levels(
 ) -> Iterator[dict[str, Any]]:
     """Verifies of T rows beside single steps: their logits, and the cache that they leave."""
     end, room = prompt + steps, prompt + steps + max(rows)
-    cache = new_cache(model, room)
+    cache = model.new_cache(room)
     decode = open_step(
         model, cache, blocks=sorted({1, *rows}), lengths=range(prompt, room + 1)
     ).forward

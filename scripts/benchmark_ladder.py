@@ -23,7 +23,7 @@ from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import options, report
 from draftnorm.scripts.benchmark_shape import first_token, random_model
 from draftnorm.scripts.shapes import NAMES
-from draftnorm.scripts.step_times import new_cache, step_seconds, stream_rate
+from draftnorm.scripts.step_times import step_seconds, stream_rate
 from draftnorm.scripts.timing import progress, spread
 
 SCHEMA = "draftnorm/benchmark-ladder/2"
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 def climb(model: Transformer, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a rung."""
-    cache = new_cache(model, args.prompt_tokens + args.new_tokens)
+    cache = model.new_cache(args.prompt_tokens + args.new_tokens)
     token = first_token(model, cache, args.prompt_tokens)
     rows, logits = [], None
     for name, settings in RUNGS.items():

@@ -36,7 +36,7 @@ from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import options, report, timing
 from draftnorm.scripts.shapes import SHAPES
-from draftnorm.scripts.step_times import bytes_of_a_step, measure_steps, new_cache, stream_rate
+from draftnorm.scripts.step_times import bytes_of_a_step, measure_steps, stream_rate
 from draftnorm.scripts.timing import progress
 
 SCHEMA = "draftnorm/benchmark-decode-shape/1"
@@ -135,7 +135,7 @@ def prefill_flops(model: Transformer, T: int) -> int:
 
 def prefill(model: Transformer, length: int, flops: float, repeats: int) -> dict[str, Any]:
     """Seconds of a prompt of `length`, and its share of the rate of products."""
-    cache = new_cache(model, length)
+    cache = model.new_cache(length)
     memory = _ExtraMemory()
     seconds = statistics.median(
         timing.wall_seconds(lambda: first_token(model, cache, length), repeats)
@@ -154,7 +154,7 @@ def decode(
     model: Transformer, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Plain decoding: a row of results, and what the first step of a session takes."""
-    cache = new_cache(model, prompt_tokens + new_tokens)
+    cache = model.new_cache(prompt_tokens + new_tokens)
     memory = _ExtraMemory()
 
     def start_session() -> tuple[DecodeStep, float]:

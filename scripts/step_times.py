@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from draftnorm.model import decode_step, streamed_layers
-from draftnorm.model.cache import KVCache
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import timing
@@ -43,10 +42,6 @@ class Launch:
     bytes: int
     out: Tensor | None
     call: Callable[[], None]
-
-
-def new_cache(model: Transformer, capacity: int) -> KVCache:
-    return KVCache(model.config, capacity=capacity, device=model.device, dtype=model.dtype)
 
 
 def scattered_tokens(model: Transformer, count: int) -> Tensor:
@@ -73,7 +68,7 @@ def measure_steps(
     model: Transformer, contexts: list[int], rows: list[int], bandwidth: float, repeats: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Times of a step of M rows and of its kernels, at every context."""
-    cache = new_cache(model, max(contexts) + max(rows))
+    cache = model.new_cache(max(contexts) + max(rows))
     step = DecodeStep(model, cache, rows=max(rows))
     step.prepare(sorted({1, *rows}), (), range(contexts[0], contexts[0] + 1))
     for layer in cache.keys + cache.values:

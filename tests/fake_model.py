@@ -64,6 +64,9 @@ class FakeModel:
             self._known[tokens] = self.sharpness * logits_V
         return self._known[tokens]
 
+    def new_cache(self, capacity: int) -> KVCache:
+        return KVCache(self.config, capacity=capacity)
+
     def prefill(
         self, tokens: Sequence[int], cache: KVCache, *, sequence: int = 0, progress: object = None
     ) -> Tensor:
