@@ -2,19 +2,19 @@
 
 Legend: B sequences (or tree paths), T rows of each, M = B·T rows, H query heads, G key/value heads,
 K head size, S cache slots, R rows of a tile, rows of one sequence × the heads of one group: 8 where
-they suffice, else 16, which are the same instructions twice.
+all programs then find a place at once, else 16, which are the same instructions twice.
 
 A split is 128 keys at an absolute multiple, from position 1,024 on 512: many short ones where a
 step is short, few parts to join where it is long. A program walks over some neighbouring ones for
-one tile, and leaves a part of each; each of its warps has a slab of every block of keys and a
-running softmax of its own. Keys and values go from their loads to the matrix instruction in
-registers (operands.py), those of the first blocks before the wait. A block's registers are loaded
-again as soon as it is done, and travel as words: of 16-bit numbers that live from one turn of a
-loop to the next the compiler makes pairs anew, at the end of a turn, where it waits for their
-loads. Slabs, then the splits of an aligned group of 8, then groups are joined in a fixed order, and
-what a row does not see adds exact zeros. So its bits depend on its own position, keys and window
-alone: not on the rows beside it, not on how many splits the grid has room for. The last program of
-a group to finish joins it.
+one tile, where there are many over as many keys as any other, and leaves a part of each; each of
+its warps has a slab of every block of keys and a running softmax of its own. Keys and values go
+from their loads to the matrix instruction in registers (operands.py), those of the first blocks
+before the wait. A block's registers are loaded again as soon as it is done, and travel as words: of
+16-bit numbers that live from one turn of a loop to the next the compiler makes pairs anew, at the
+end of a turn, where it waits for their loads. Slabs, then the splits of an aligned group of 8, then
+groups are joined in a fixed order, and what a row does not see adds exact zeros. So its bits depend
+on its own position, keys and window alone: not on the rows beside it, not on how many splits the
+grid has room for. The last program of a group to finish joins it.
 
 A row at position p sees keys max(0, p - window + 1) … p; the new rows' keys are in the cache
 already. Position p lives in slot p or, in a tree, where `path_slots` [B, path length] says: the
@@ -38,8 +38,10 @@ ROWS = 16
 FINE = 1024
 SPLIT, LONG_SPLIT = 128, 512  # keys of a split that begins before position FINE, and from it on
 GROUP_SPLITS = 8  # splits joined at a time
+MOST_WALK = GROUP_SPLITS * LONG_SPLIT // SPLIT  # of one program: as many keys as a group's
 BLOCK_S, SLABS = 64, 4  # keys of a block; its slabs, one a warp
-PROGRAMS = 288  # that are resident at a time, about
+PROGRAMS = 264  # that find a place at once, two a multiprocessor
+NARROW_PROGRAMS = 264  # up to which tiles have 8 rows
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 _GROUP_SPLITS: tl.constexpr = tl.constexpr(GROUP_SPLITS)
 _SPLIT: tl.constexpr = tl.constexpr(SPLIT)
@@ -59,6 +61,14 @@ def _first_of(split):
     """The position at which a split begins."""
     beyond = split - _FINE // _SPLIT
     return tl.where(beyond < 0, split * _SPLIT, _FINE + beyond * _LONG_SPLIT)
+
+
+@triton.jit
+def _share_begins(program, walk):
+    """The first split of a program, whose share is `walk` short splits or as many keys of long."""
+    key = program * walk * _SPLIT
+    longer = tl.maximum(_LONG_SPLIT // (walk * _SPLIT), 1)  # but one long split at least
+    return _split_of(key + tl.maximum(key - _FINE, 0) * (longer - 1))
 
 
 @triton.jit
@@ -209,7 +219,7 @@ def _join(
     D: tl.constexpr,
 ):  # fmt: skip
     """Join parts first … last in order, a few at a time, so that their loads overlap."""
-    if first // 4 == last // 4:  # one trip either way, and shorter
+    if last - first < 4:  # one trip either way, and shorter
         joined = _join_parts(acc_ptr, extremes_ptr, first, last, mask, dim, R, K, D, 4)
     else:
         joined = _join_parts(acc_ptr, extremes_ptr, first, last, mask, dim, R, K, D, 8)
@@ -221,17 +231,17 @@ def _join_parts(
     acc_ptr, extremes_ptr, first, last, mask, dim, R: tl.constexpr, K: tl.constexpr,
     D: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """The same, an aligned TOGETHER at a time."""
+    """The same, TOGETHER at a time."""
     r = tl.arange(0, R)[:, None, None]
     max_R = tl.full([R, 1, 1], _LOWEST, tl.float32)
     sum_R = tl.zeros([R, 1, 1], tl.float32)
     acc_RDE = tl.zeros([R, D, 4], tl.float32)
-    for start in range(first // TOGETHER * TOGETHER, last + 1, TOGETHER):
+    for start in range(first, last + 1, TOGETHER):
         for i in tl.static_range(TOGETHER):
             # A part that is not there weighs exp2(lowest) = 0 and adds exact zeros.
             # .cg: other programs wrote these, so this one's L1 must not answer.
             part = start + i
-            live = (part >= first) & (part <= last)
+            live = part <= last
             place = extremes_ptr + (r + part * R) * 2
             part_max = tl.load(place, mask=live, other=_LOWEST, cache_modifier=".cg")
             part_sum = tl.load(place + 1, mask=live, other=0.0, cache_modifier=".cg")
@@ -287,9 +297,9 @@ def _decode_attention_kernel(
     if WINDOW > 0:
         first_seen = tl.min(tl.where(row_ok, position_R, last_key)) - WINDOW + 1
         first_split = _split_of(tl.maximum(first_seen, 0))
-    # This program walks over `walk` splits, and its loads run ahead across their borders.
-    first = tl.maximum(tl.program_id(2) * walk, first_split)
-    last = tl.minimum(tl.program_id(2) * walk + walk - 1, last_split)
+    # This program walks over some splits, and its loads run ahead across their borders.
+    first = tl.maximum(_share_begins(tl.program_id(2), walk), first_split)
+    last = tl.minimum(_share_begins(tl.program_id(2) + 1, walk) - 1, last_split)
     first_key = _first_of(first)
     stop = tl.minimum(_first_of(last + 1), last_key + 1)
 
@@ -331,9 +341,11 @@ def _decode_attention_kernel(
     _, line_Q, ok_Q = _queries(eights(_ROWS), tile, b, T, group, R, HEADS, HEAD_TILES, H)
     place_Q = tl.broadcast_to(line_Q * K + dim_K, [8, L, C, _ROWS // 8, 32])
     q = turned(tl.load(q_ptr + turned(place_Q), mask=turned(ok_Q & (dim_K < K)), other=0.0))
-    if begin < tl.minimum(stop, first_key + BUFFERS * BLOCK_S):  # some of them are new
+    if begin < tl.minimum(stop, second):  # some keys of the block are new
         k0, v0 = _load_block(first_key, stop - 1, True, places, K, FULL)
-        if BUFFERS == 2:
+    if BUFFERS == 2:
+        third = second + BLOCK_S
+        if begin < tl.minimum(stop, third):
             k1, v1 = _load_block(second, stop - 1, second < stop, places, K, FULL)
 
     q_LQK = _wide(q, _ROWS, C, L)
@@ -375,29 +387,30 @@ def _decode_attention_kernel(
         else:
             _store_part(acc_ptr, extremes_ptr, split, acc_RDE, max_R, sum_R, mask, dim, R, K)
     if first_split < last_split:
-        # Join the splits of a group, then the groups.
-        my_group = first // _GROUP_SPLITS
-        begin_group = tl.maximum(first_split, my_group * _GROUP_SPLITS)
-        end_group = tl.minimum(last_split, my_group * _GROUP_SPLITS + _GROUP_SPLITS - 1)
-        mine = last - first + 1
-        if arrive(ticket_ptr + my_group, mine) + mine == end_group - begin_group + 1:
-            tl.store(ticket_ptr + my_group, 0)
-            acc_RDE, max_R, sum_R = _join(
-                acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, R, K, BLOCK_D // 4
-            )
-            begin_group, end_group = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
-            if begin_group == end_group:
-                _store_out(out_ptr, acc_RDE, sum_R, mask)
-            else:
-                acc_ptr += splits * R * K
-                extremes_ptr += splits * 2 * R
-                _store_part(acc_ptr, extremes_ptr, my_group, acc_RDE, max_R, sum_R, mask, dim, R, K)
-                if arrive(ticket_ptr + groups, 1) == end_group - begin_group:
-                    tl.store(ticket_ptr + groups, 0)
-                    acc_RDE, max_R, sum_R = _join(
-                        acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, R, K, BLOCK_D // 4
-                    )
+        # Join the splits of each group that this program has a share of, then the groups.
+        first_group, last_group = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
+        for my_group in range(first // _GROUP_SPLITS, last // _GROUP_SPLITS + 1):
+            begins = my_group * _GROUP_SPLITS
+            ends = begins + _GROUP_SPLITS - 1
+            mine = tl.minimum(last, ends) - tl.maximum(first, begins) + 1
+            begins, ends = tl.maximum(first_split, begins), tl.minimum(last_split, ends)
+            if arrive(ticket_ptr + my_group, mine) + mine == ends - begins + 1:
+                tl.store(ticket_ptr + my_group, 0)
+                acc_RDE, max_R, sum_R = _join(
+                    acc_ptr, extremes_ptr, begins, ends, mask, dim, R, K, BLOCK_D // 4
+                )
+                if first_group == last_group:
                     _store_out(out_ptr, acc_RDE, sum_R, mask)
+                else:
+                    part = splits + my_group
+                    _store_part(acc_ptr, extremes_ptr, part, acc_RDE, max_R, sum_R, mask, dim, R, K)
+                    if arrive(ticket_ptr + groups, 1) == last_group - first_group:
+                        tl.store(ticket_ptr + groups, 0)
+                        begins, ends = splits + first_group, splits + last_group
+                        acc_RDE, max_R, sum_R = _join(
+                            acc_ptr, extremes_ptr, begins, ends, mask, dim, R, K, BLOCK_D // 4
+                        )
+                        _store_out(out_ptr, acc_RDE, sum_R, mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -418,34 +431,29 @@ def workspace_sizes(
     sequences: int, rows: int, H: int, G: int, K: int, splits: int
 ) -> tuple[int, int, int]:
     """Elements of an AttentionWorkspace for `sequences` of `rows` new tokens and `splits`."""
-    lines = math.prod(_tiles(sequences, rows, H, G))
     groups = triton.cdiv(splits, GROUP_SPLITS)
-    parts = lines * (splits + groups)
-    return parts * ROWS * K, parts * 2 * ROWS, lines * (groups + 1)
+    lines = {R: math.prod(_tiles(sequences, rows, H, G, R)) for R in (8, ROWS)}
+    parts = max(R * count for R, count in lines.items()) * (splits + groups)
+    return parts * K, parts * 2, max(lines.values()) * (groups + 1)
 
 
-def _tiles(sequences: int, rows: int, H: int, G: int) -> tuple[int, int]:
+def _tiles(sequences: int, rows: int, H: int, G: int, R: int) -> tuple[int, int]:
     """Programs of one split: tiles of rows, tiles of heads."""
     heads = H // G
-    return sequences * triton.cdiv(rows, ROWS // min(heads, ROWS)), G * triton.cdiv(heads, ROWS)
+    return sequences * triton.cdiv(rows, R // min(heads, R)), G * triton.cdiv(heads, R)
+
+
+def _shares(splits: int, walk: int) -> int:
+    """Programs of one tile, as `_share_begins` deals out the splits."""
+    short = min(splits, FINE // SPLIT)
+    return triton.cdiv(short + (splits - short) * min(walk, LONG_SPLIT // SPLIT), walk)
 
 
 def decode_attention(
-    out_MHK: Tensor,
-    q_MHK: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions_M: Tensor,
-    *,
-    rows: int,
-    splits: int,
-    workspace: AttentionWorkspace,
-    pdl: dict[str, bool],
-    window: int | None = None,
-    path_slots: Tensor | None = None,
-    path_start: Tensor | None = None,
-    eager: bool = False,
-) -> None:
+    out_MHK: Tensor, q_MHK: Tensor, keys: Tensor, values: Tensor, positions_M: Tensor, *, rows: int,
+    splits: int, workspace: AttentionWorkspace, pdl: dict[str, bool], window: int | None = None,
+    path_slots: Tensor | None = None, path_start: Tensor | None = None, eager: bool = False,
+) -> None:  # fmt: skip
     """Attend from `rows` new tokens of each sequence to its cache [B, G, S, K], into `out_MHK`.
 
     `positions_M` int32: rows of one sequence are neighbours, in order of position. `splits` is the
@@ -456,14 +464,15 @@ def decode_attention(
     _, H, K = q_MHK.shape
     _, G, S, _ = keys.shape
     sequences = len(path_start) if path_start is not None else keys.shape[0]
-    tiles = _tiles(sequences, rows, H, G)
+    R, tiles = 8, _tiles(sequences, rows, H, G, 8)
+    if rows * min(H // G, ROWS) > R and math.prod(tiles) * splits > NARROW_PROGRAMS:
+        R, tiles = ROWS, _tiles(sequences, rows, H, G, ROWS)
     walk = 1
-    while walk < GROUP_SPLITS and math.prod(tiles) * triton.cdiv(splits, walk) > PROGRAMS:
+    while walk < MOST_WALK and math.prod(tiles) * _shares(splits, walk) > PROGRAMS:
         walk *= 2
-    R = 8 if rows * min(H // G, ROWS) <= 8 else ROWS
     BLOCK_D = max(triton.next_power_of_2(K), 64)
     buffers = 2 if BLOCK_D <= 128 else 1  # blocks on their way, as registers allow
-    _decode_attention_kernel[(*tiles, triton.cdiv(splits, walk))](
+    _decode_attention_kernel[(*tiles, _shares(splits, walk))](
         out_MHK, q_MHK, keys, values, positions_M, rows, S,
         0 if path_start is not None else G * S, K**-0.5 * math.log2(math.e),
         splits, walk, path_slots, path_start, path_slots.shape[1] if path_slots is not None else 0,
@@ -474,14 +483,9 @@ def decode_attention(
 
 
 def decode_attention_reference(
-    q_MHK: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: list[int],
-    *,
-    rows: int,
+    q_MHK: Tensor, keys: Tensor, values: Tensor, starts: list[int], *, rows: int,
     window: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The definition, a sequence at a time; `rows` new tokens from position `starts[b]` on."""
     out = []
     for b, start in enumerate(starts):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from decode_support import NO_PDL, assert_close, needs_run_time_loops, random
 from torch import Tensor
 
@@ -113,8 +115,10 @@ def test_more_splits_than_a_group_joins() -> None:
     assert_close(out, expected, 64)
 
 
-@pytest.mark.parametrize("S", [700, 2248])
-@pytest.mark.parametrize("window", [None, 450, 1500])  # which begin in the middle of a walk
+# The last context has three groups, the border of two of them within a program's share.
+@pytest.mark.parametrize(
+    "S,window", [(700, None), (700, 450), (2248, None), (2248, 1500), (6200, None), (6200, 5000)]
+)  # windows begin in the middle of a share
 def test_how_many_splits_a_program_walks_over_is_nothing_to_the_bits(
     window: int | None, S: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,10 +126,49 @@ def test_how_many_splits_a_program_walks_over_is_nothing_to_the_bits(
     keys, values = cache(1, G, S, K)
     q = random(1, H, K)
     outs = []
-    for programs in (splits, -(-splits // 2), 1):  # walks of 1, 2 and 8
+    for programs in (splits, -(-S // 1024), -(-S // 2048)):
         monkeypatch.setattr(decode_attention_module, "PROGRAMS", programs)
         outs.append(attend(q, keys, values, [S - 1], 1, splits, window=window))
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    expected = decode_attention_reference(
+        q.double(), keys.double(), values.double(), [S - 1], rows=1, window=window
+    )
+    assert_close(outs[0], expected, 64)
+
+
+@triton.jit
+def _begins_kernel(split_ptr, key_ptr, walk):
+    split = decode_attention_module._share_begins(tl.program_id(0), walk)
+    tl.store(split_ptr + tl.program_id(0), split)
+    tl.store(key_ptr + tl.program_id(0), decode_attention_module._first_of(split))
+
+
+@pytest.mark.parametrize("walk", [1, 2, 4, 8, 16, 32])
+def test_shares_cover_the_splits_and_long_ones_are_equal(walk: int) -> None:
+    for splits in (5, 16, 71):
+        programs = decode_attention_module._shares(splits, walk)
+        begins, keys = torch.empty(2, programs + 1, dtype=torch.int32)
+        _begins_kernel[(programs + 1,)](begins, keys, walk)
+        begins, keys = begins.tolist(), keys.tolist()
+        assert begins[0] == 0 and begins == sorted(set(begins))
+        assert begins[-2] < splits <= begins[-1]
+        assert walk < 4 or keys == [128 * walk * i for i in range(programs + 1)]
+
+
+@pytest.mark.parametrize("narrow", [0, decode_attention_module.NARROW_PROGRAMS])
+@pytest.mark.parametrize("T,H,G", [(1, 9, 3), (2, 10, 1), (5, 4, 1), (5, 3, 1), (16, 4, 1)])
+def test_tiles_of_eight_rows_and_of_sixteen(
+    T: int, H: int, G: int, narrow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_attention_module, "NARROW_PROGRAMS", narrow)
+    starts, K, S = [120, 250], 16, 270
+    keys, values = cache(2, G, S, K)
+    q = random(2 * T, H, K)
+    out = attend(q, keys, values, starts, T, count_splits(S))
+    expected = decode_attention_reference(
+        q.double(), keys.double(), values.double(), starts, rows=T
+    )
+    assert_close(out, expected, 64)
 
 
 def test_a_path_of_a_tree_is_a_chain() -> None:
