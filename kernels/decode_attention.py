@@ -357,7 +357,6 @@ def _decode_attention_kernel(
     groups = tl.cdiv(splits, _GROUP_SPLITS)
     acc_ptr += line.to(tl.int64) * (splits + groups) * R * K
     extremes_ptr += line.to(tl.int64) * (splits + groups) * 2 * R
-    ticket_ptr += line * (groups + 1)
     for split in range(first, last + 1):
         max_LR = tl.full([L, R], _LOWEST, tl.float32)
         sum_LR4 = tl.zeros([L, R, 4], tl.float32)
@@ -388,6 +387,7 @@ def _decode_attention_kernel(
             _store_part(acc_ptr, extremes_ptr, split, acc_RDE, max_R, sum_R, mask, dim, R, K)
     if first_split < last_split:
         # Join the splits of each group that this program has a share of, then the groups.
+        ticket_ptr += line * (groups + 1)
         first_group, last_group = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
         for my_group in range(first // _GROUP_SPLITS, last // _GROUP_SPLITS + 1):
             begins = my_group * _GROUP_SPLITS
