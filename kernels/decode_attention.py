@@ -6,15 +6,16 @@ all programs then find a place at once, else 16, which are the same instructions
 
 A split is 128 keys at an absolute multiple, from position 1,024 on 512: many short ones where a
 step is short, few parts to join where it is long. A program walks over some neighbouring ones for
-one tile, where there are many over as many keys as any other, and leaves a part of each; each of
-its warps has a slab of every block of keys and a running softmax of its own. Keys and values go
-from their loads to the matrix instruction in registers (operands.py), those of the first blocks
-before the wait. A block's registers are loaded again as soon as it is done, and travel as words: of
-16-bit numbers that live from one turn of a loop to the next the compiler makes pairs anew, at the
-end of a turn, where it waits for their loads. Slabs, then the splits of an aligned group of 8, then
-groups are joined in a fixed order, and what a row does not see adds exact zeros. So its bits depend
-on its own position, keys and window alone: not on the rows beside it, not on how many splits the
-grid has room for. The last program of a group to finish joins it.
+one tile, where there are many over as many keys as any other (all short ones of a tile at most),
+and leaves a part of each; each of its warps has a slab of every block of keys and a running softmax
+of its own. Keys and values go from their loads to the matrix instruction in registers
+(operands.py), those of the first blocks before the wait. A block's registers are loaded again as
+soon as it is done, and travel as words: of 16-bit numbers that live from one turn of a loop to the
+next the compiler makes pairs anew, at the end of a turn, where it waits for their loads. Slabs,
+then the splits of an aligned group of 8, then groups are joined in a fixed order, and what a row
+does not see adds exact zeros. So its bits depend on its own position, keys and window alone: not on
+the rows beside it, not on how many splits the grid has room for. The last program of a group to
+finish joins it.
 
 A row at position p sees keys max(0, p - window + 1) … p; the new rows' keys are in the cache
 already. Position p lives in slot p or, in a tree, where `path_slots` [B, path length] says: the
@@ -65,10 +66,13 @@ def _first_of(split):
 
 @triton.jit
 def _share_begins(program, walk):
-    """The first split of a program, whose share is `walk` short splits or as many keys of long."""
-    key = program * walk * _SPLIT
-    longer = tl.maximum(_LONG_SPLIT // (walk * _SPLIT), 1)  # but one long split at least
-    return _split_of(key + tl.maximum(key - _FINE, 0) * (longer - 1))
+    """The first split of a program: a share is `walk` short splits or as many keys of long ones.
+
+    None has splits of two groups: the short ones are a group, so shares begin anew behind them.
+    """
+    short = tl.maximum(_GROUP_SPLITS // walk, 1)
+    beyond = (program - short) * tl.maximum(walk * _SPLIT // _LONG_SPLIT, 1)
+    return tl.where(program < short, program * walk, _GROUP_SPLITS + beyond)
 
 
 @triton.jit
@@ -301,7 +305,7 @@ def _decode_attention_kernel(
     first = tl.maximum(_share_begins(tl.program_id(2), walk), first_split)
     last = tl.minimum(_share_begins(tl.program_id(2) + 1, walk) - 1, last_split)
     first_key = _first_of(first)
-    stop = tl.minimum(_first_of(last + 1), last_key + 1)
+    newest = tl.minimum(_first_of(last + 1) - 1, last_key)
 
     # A block is L slabs of N neighbours, one slab a warp. Operands are loaded where the matrix
     # instruction wants them, as in a projection: keys by `_wide`; of the values a thread takes
@@ -327,7 +331,7 @@ def _decode_attention_kernel(
     value_ptr = value_ptr.to(tl.pointer_type(word), bitcast=True)
     path = (path_slots_ptr, path_start_ptr, path_length, b)
     places = (key_ptr, value_ptr, s_K, word_K, s_V, dim_V, path)
-    old = tl.minimum(stop, begin) - 1
+    old = tl.minimum(newest, begin - 1)
     second = first_key + BLOCK_S
     k0, v0 = _load_block(first_key, old, first_key <= old, places, K, FULL)
     if BUFFERS == 2:
@@ -341,12 +345,12 @@ def _decode_attention_kernel(
     _, line_Q, ok_Q = _queries(eights(_ROWS), tile, b, T, group, R, HEADS, HEAD_TILES, H)
     place_Q = tl.broadcast_to(line_Q * K + dim_K, [8, L, C, _ROWS // 8, 32])
     q = turned(tl.load(q_ptr + turned(place_Q), mask=turned(ok_Q & (dim_K < K)), other=0.0))
-    if begin < tl.minimum(stop, second):  # some keys of the block are new
-        k0, v0 = _load_block(first_key, stop - 1, True, places, K, FULL)
+    if (begin <= newest) & (begin < second):  # some keys of the block are new
+        k0, v0 = _load_block(first_key, newest, True, places, K, FULL)
     if BUFFERS == 2:
         third = second + BLOCK_S
-        if begin < tl.minimum(stop, third):
-            k1, v1 = _load_block(second, stop - 1, second < stop, places, K, FULL)
+        if (begin <= newest) & (begin < third):
+            k1, v1 = _load_block(second, newest, second <= newest, places, K, FULL)
 
     q_LQK = _wide(q, _ROWS, C, L)
     s_LN = tl.arange(0, L)[:, None] * N + tl.arange(0, N)[None, :]
@@ -362,14 +366,14 @@ def _decode_attention_kernel(
         sum_LR4 = tl.zeros([L, R, 4], tl.float32)
         even_LDR = tl.zeros([L, BLOCK_D // 2, R], tl.float32)
         odd_LDR = tl.zeros([L, BLOCK_D // 2, R], tl.float32)
-        end = tl.minimum(_first_of(split + 1), stop)
+        end = tl.minimum(_first_of(split + 1), newest + 1)
         for start in tl.range(_first_of(split), end, BUFFERS * BLOCK_S, num_stages=1):
             even_LDR, odd_LDR, max_LR, sum_LR4 = _attend(
                 q_LQK, k0, v0, start + s_LN, position_R, scale, even_LDR, odd_LDR, max_LR,
                 sum_LR4, dtype, WINDOW,
             )  # fmt: skip
             ahead = start + BUFFERS * BLOCK_S
-            k0, v0 = _load_block(ahead, stop - 1, ahead < stop, places, K, FULL)
+            k0, v0 = _load_block(ahead, newest, ahead <= newest, places, K, FULL)
             if BUFFERS == 2:
                 if start + BLOCK_S < end:
                     even_LDR, odd_LDR, max_LR, sum_LR4 = _attend(
@@ -377,7 +381,7 @@ def _decode_attention_kernel(
                         odd_LDR, max_LR, sum_LR4, dtype, WINDOW,
                     )  # fmt: skip
                 ahead += BLOCK_S
-                k1, v1 = _load_block(ahead, stop - 1, ahead < stop, places, K, FULL)
+                k1, v1 = _load_block(ahead, newest, ahead <= newest, places, K, FULL)
         acc_RDE, max_R, sum_R = _join_slabs(
             even_LDR, odd_LDR, max_LR, scale, sum_LR4, L, R, BLOCK_D
         )
@@ -386,31 +390,30 @@ def _decode_attention_kernel(
         else:
             _store_part(acc_ptr, extremes_ptr, split, acc_RDE, max_R, sum_R, mask, dim, R, K)
     if first_split < last_split:
-        # Join the splits of each group that this program has a share of, then the groups.
+        # Join the splits of a group, then the groups.
         ticket_ptr += line * (groups + 1)
-        first_group, last_group = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
-        for my_group in range(first // _GROUP_SPLITS, last // _GROUP_SPLITS + 1):
-            begins = my_group * _GROUP_SPLITS
-            ends = begins + _GROUP_SPLITS - 1
-            mine = tl.minimum(last, ends) - tl.maximum(first, begins) + 1
-            begins, ends = tl.maximum(first_split, begins), tl.minimum(last_split, ends)
-            if arrive(ticket_ptr + my_group, mine) + mine == ends - begins + 1:
-                tl.store(ticket_ptr + my_group, 0)
-                acc_RDE, max_R, sum_R = _join(
-                    acc_ptr, extremes_ptr, begins, ends, mask, dim, R, K, BLOCK_D // 4
-                )
-                if first_group == last_group:
+        my_group = first // _GROUP_SPLITS
+        begins = tl.maximum(first_split, my_group * _GROUP_SPLITS)
+        ends = tl.minimum(last_split, my_group * _GROUP_SPLITS + _GROUP_SPLITS - 1)
+        mine = last - first + 1
+        if arrive(ticket_ptr + my_group, mine) + mine == ends - begins + 1:
+            tl.store(ticket_ptr + my_group, 0)
+            acc_RDE, max_R, sum_R = _join(
+                acc_ptr, extremes_ptr, begins, ends, mask, dim, R, K, BLOCK_D // 4
+            )
+            begins, ends = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
+            if begins == ends:
+                _store_out(out_ptr, acc_RDE, sum_R, mask)
+            else:
+                acc_ptr += splits * R * K
+                extremes_ptr += splits * 2 * R
+                _store_part(acc_ptr, extremes_ptr, my_group, acc_RDE, max_R, sum_R, mask, dim, R, K)
+                if arrive(ticket_ptr + groups, 1) == ends - begins:
+                    tl.store(ticket_ptr + groups, 0)
+                    acc_RDE, max_R, sum_R = _join(
+                        acc_ptr, extremes_ptr, begins, ends, mask, dim, R, K, BLOCK_D // 4
+                    )
                     _store_out(out_ptr, acc_RDE, sum_R, mask)
-                else:
-                    part = splits + my_group
-                    _store_part(acc_ptr, extremes_ptr, part, acc_RDE, max_R, sum_R, mask, dim, R, K)
-                    if arrive(ticket_ptr + groups, 1) == last_group - first_group:
-                        tl.store(ticket_ptr + groups, 0)
-                        begins, ends = splits + first_group, splits + last_group
-                        acc_RDE, max_R, sum_R = _join(
-                            acc_ptr, extremes_ptr, begins, ends, mask, dim, R, K, BLOCK_D // 4
-                        )
-                        _store_out(out_ptr, acc_RDE, sum_R, mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -445,8 +448,9 @@ def _tiles(sequences: int, rows: int, H: int, G: int, R: int) -> tuple[int, int]
 
 def _shares(splits: int, walk: int) -> int:
     """Programs of one tile, as `_share_begins` deals out the splits."""
-    short = min(splits, FINE // SPLIT)
-    return triton.cdiv(short + (splits - short) * min(walk, LONG_SPLIT // SPLIT), walk)
+    long = max(walk * SPLIT // LONG_SPLIT, 1)
+    short = triton.cdiv(min(splits, GROUP_SPLITS), walk)
+    return short + triton.cdiv(max(splits - GROUP_SPLITS, 0), long)
 
 
 def decode_attention(
