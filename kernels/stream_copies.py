@@ -18,6 +18,8 @@ COLUMNS = gl.constexpr(8 * 64)
 O_PROJ, GATE_UP, DOWN, QKV = (gl.constexpr(phase) for phase in range(4))
 TICKETS = gl.constexpr(0)  # the first counter; then, for each phase but the first, who may begin it
 FINISHED = gl.constexpr(4)  # the barrier behind those that open phases
+# One name until Triton 3.6, another one since.
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 _FLIGHT = gl.constexpr(3)  # slots of weights under way; more would only queue, others behind them
 
 
@@ -66,11 +68,13 @@ def _stream_tickets(
         slot = count % SLOTS
         mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
         tiles.index(slot).store(gl.full([1], tile, gl.int32, one))
+        thread_barrier()  # all lanes have stored it, and one of them arrives
         count = _stream_tile(weight, ring, full, empty, count, tile, PAIRS, K, SLOTS)
         tile = next_tile
     slot = count % SLOTS
     mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
     tiles.index(slot).store(gl.full([1], TILES, gl.int32, one))
+    thread_barrier()
     mbarrier.arrive(full.index(slot), count=1)
     return count + 1
 

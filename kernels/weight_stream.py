@@ -57,6 +57,7 @@ from draftnorm.kernels.stream_copies import (
     L,
     inputs_part,
     load_scales,
+    thread_barrier,
     weights_part,
 )
 from draftnorm.kernels.stream_layouts import (
@@ -82,7 +83,6 @@ WEIGHTS = gl.NVMMASharedLayout(128, 16, rank=4)
 _WEIGHTS = gl.constexpr(WEIGHTS)
 _INPUTS = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=3))
 _COPY_REGISTERS = gl.constexpr(48)
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6, and since
 
 
 @gluon.jit
@@ -166,7 +166,7 @@ def _let_rows_go(x, counts, K: gl.constexpr):
 def _finish_phase(opened, PHASE: gl.constexpr, LAST: gl.constexpr):
     """Tell the inputs' part, which tells all programs, that this one's outputs are there."""
     if PHASE < LAST:
-        _barrier()  # every thread's share is written before anybody hears of it
+        thread_barrier()  # every thread's share is written before anybody hears of it
         mbarrier.arrive(opened.index(FINISHED), count=1)
 
 

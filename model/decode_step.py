@@ -291,6 +291,11 @@ class DecodeStep:
         """All tiers that contexts of these lengths need."""
         return sorted({self._tier(n) for n in (*lengths[::SPLIT], *lengths[-1:])})
 
+    def __del__(self) -> None:
+        # A kernel may still write to pinned memory, which its allocator would give to others.
+        if getattr(self, "under_way", False):
+            self._synchronize()
+
     def _synchronize(self) -> None:
         if self.x.is_cuda:
             torch.cuda.synchronize()

@@ -155,6 +155,7 @@ class Emulator:
         for module in (weight_stream, stream_copies):
             patch.setattr(module, "mbarrier", barriers)
             patch.setattr(module, "gdc_wait", none)
+            patch.setattr(module, "thread_barrier", none)
             for name in CONSTANTS:
                 if name in vars(module):
                     patch.setattr(module, name, Constant(getattr(stream_copies, name)))
@@ -166,7 +167,6 @@ class Emulator:
         )
         patch.setattr(stream_copies, "async_copy", copies)
         patch.setattr(stream_copies, "_arrivals", self.arrivals)
-        patch.setattr(weight_stream, "_barrier", lambda: None)
         patch.setattr(
             weight_stream, "mma_v2", lambda a, b, c: (c + a.double() @ b.double()).float()
         )

@@ -127,6 +127,7 @@ class Copies:
         nothing = SimpleNamespace(wait=lambda *_: None, expect=lambda *_: None,
                                   arrive=lambda *_, **__: None)  # fmt: skip
         monkeypatch.setattr(stream_copies, "mbarrier", nothing)
+        monkeypatch.setattr(stream_copies, "thread_barrier", lambda: None)
         copy = SimpleNamespace(async_copy_global_to_shared=self.copy)
         monkeypatch.setattr(stream_copies, "tma", copy)
         language = SimpleNamespace(

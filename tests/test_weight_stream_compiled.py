@@ -372,3 +372,17 @@ def test_a_step_dies_with_its_last_user(launches) -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_a_step_whose_last_kernel_may_run_is_waited_for_before_its_memory_goes(
+    launches, monkeypatch
+) -> None:
+    waits: list[bool] = []
+    monkeypatch.setattr(decode_step.DecodeStep, "_synchronize", lambda _: waits.append(True))
+    step = make_step("1B")
+    del step
+    assert not waits
+    step = make_step("1B")
+    step.under_way = True
+    del step
+    assert waits == [True]
