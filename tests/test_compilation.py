@@ -74,8 +74,9 @@ def test_after_compiling_ahead_no_step_compiles(config, sampling: bool, gpu, mon
     step, heard = make_step(config, settings), []
 
     def work() -> None:
-        for T, plain in ((1, True), (2, True), (1, False), (16, False)):
-            step.launch(T, 2, plain=plain)
+        shapes = ((1, True), (2, True), (1, False), (16, False))
+        for (T, plain), tier in itertools.product(shapes, (2, 8)):
+            step.launch(T, tier, plain=plain)
 
     count = compile_kernels(work, lambda *progress: heard.append(progress))
     assert gpu.launches == 0
