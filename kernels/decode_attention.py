@@ -38,7 +38,7 @@ from draftnorm.kernels.operands import arrive, eights, sum_slabs, turned
 ROWS = 16
 FINE = 1024
 SPLIT, LONG_SPLIT = 128, 512  # keys of a split that begins before position FINE, and from it on
-GROUP_SPLITS = 8  # splits joined at a time
+GROUP_SPLITS = FINE // SPLIT  # splits joined at a time: the short ones are a group
 MOST_WALK = GROUP_SPLITS * LONG_SPLIT // SPLIT  # of one program: as many keys as a group's
 BLOCK_S, SLABS = 64, 4  # keys of a block; its slabs, one a warp
 PROGRAMS = 272  # that find a place at once, about: two a multiprocessor, and small ones soon end
