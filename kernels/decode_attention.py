@@ -70,7 +70,7 @@ def _share_begins(program, walk):
 
     None has splits of two groups: the short ones are a group, so shares begin anew behind them.
     """
-    short = tl.maximum(_GROUP_SPLITS // walk, 1)
+    short = (walk + (_GROUP_SPLITS - 1)) // walk  # programs of short ones
     beyond = (program - short) * tl.maximum(walk * _SPLIT // _LONG_SPLIT, 1)
     return tl.where(program < short, program * walk, _GROUP_SPLITS + beyond)
 
