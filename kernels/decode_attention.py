@@ -5,9 +5,9 @@ K head size, S cache slots, R rows of a tile, rows of one sequence × the heads 
 all programs then find a place at once, else 16, which are the same instructions twice.
 
 A split is 128 keys at an absolute multiple, from position 1,024 on 512: many short ones where a
-step is short, few parts to join where it is long. A program walks over some neighbouring ones for
-one tile, where there are many over as many keys as any other (all short ones of a tile at most),
-and leaves a part of each; each of its warps has a slab of every block of keys and a running softmax
+step is short, few parts to join where it is long. A program walks over a share of neighbouring ones
+for one tile, of as many keys as the next program's where contexts are long, and leaves a part of
+each; each of its warps has a slab of every block of keys and a running softmax
 of its own. Keys and values go from their loads to the matrix instruction in registers
 (operands.py), those of the first blocks before the wait. A block's registers are loaded again as
 soon as it is done, and travel as words: of 16-bit numbers that live from one turn of a loop to the
@@ -393,25 +393,25 @@ def _decode_attention_kernel(
         # Join the splits of a group, then the groups.
         ticket_ptr += line * (groups + 1)
         my_group = first // _GROUP_SPLITS
-        begins = tl.maximum(first_split, my_group * _GROUP_SPLITS)
-        ends = tl.minimum(last_split, my_group * _GROUP_SPLITS + _GROUP_SPLITS - 1)
+        begin_group = tl.maximum(first_split, my_group * _GROUP_SPLITS)
+        end_group = tl.minimum(last_split, my_group * _GROUP_SPLITS + _GROUP_SPLITS - 1)
         mine = last - first + 1
-        if arrive(ticket_ptr + my_group, mine) + mine == ends - begins + 1:
+        if arrive(ticket_ptr + my_group, mine) + mine == end_group - begin_group + 1:
             tl.store(ticket_ptr + my_group, 0)
             acc_RDE, max_R, sum_R = _join(
-                acc_ptr, extremes_ptr, begins, ends, mask, dim, R, K, BLOCK_D // 4
+                acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, R, K, BLOCK_D // 4
             )
-            begins, ends = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
-            if begins == ends:
+            begin_group, end_group = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
+            if begin_group == end_group:
                 _store_out(out_ptr, acc_RDE, sum_R, mask)
             else:
                 acc_ptr += splits * R * K
                 extremes_ptr += splits * 2 * R
                 _store_part(acc_ptr, extremes_ptr, my_group, acc_RDE, max_R, sum_R, mask, dim, R, K)
-                if arrive(ticket_ptr + groups, 1) == ends - begins:
+                if arrive(ticket_ptr + groups, 1) == end_group - begin_group:
                     tl.store(ticket_ptr + groups, 0)
                     acc_RDE, max_R, sum_R = _join(
-                        acc_ptr, extremes_ptr, begins, ends, mask, dim, R, K, BLOCK_D // 4
+                        acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, R, K, BLOCK_D // 4
                     )
                     _store_out(out_ptr, acc_RDE, sum_R, mask)
 

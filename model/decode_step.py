@@ -176,7 +176,8 @@ class DecodeStep:
 
         def launch_all() -> None:
             for T, plain in shapes:
-                for tier in tiers[0], tiers[-1]:  # attention's tiles are of 8 rows and of 16
+                # The least and the most splits: all tile heights of attention that T rows take.
+                for tier in {tiers[0], tiers[-1]}:
                     self.launch(T, tier, plain=plain)
             # Few rows and many: the norms of q and k then take another kernel.
             for count in {1, min(PREFILL_CHUNK, self.cache.capacity)}:
