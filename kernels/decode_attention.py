@@ -33,7 +33,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from draftnorm.kernels.attention import attention_reference
-from draftnorm.kernels.operands import arrive, eights, sum_slabs, turned
+from draftnorm.kernels.attention_parts import (
+    LOWEST,
+    join_pair,
+    join_parts,
+    join_slabs,
+    store_out,
+    store_part,
+)
+from draftnorm.kernels.operands import arrive, eights, turned
 
 ROWS = 16
 FINE = 1024
@@ -48,7 +56,6 @@ _GROUP_SPLITS: tl.constexpr = tl.constexpr(GROUP_SPLITS)
 _SPLIT: tl.constexpr = tl.constexpr(SPLIT)
 _LONG_SPLIT: tl.constexpr = tl.constexpr(LONG_SPLIT)
 _FINE: tl.constexpr = tl.constexpr(FINE)
-_LOWEST: tl.constexpr = tl.constexpr(-1e38)  # maximum of nothing: finite, so no difference is NaN
 
 
 @triton.jit
@@ -178,93 +185,6 @@ def _attend(
     return even_LDR, odd_LDR, new_max, sum_LR4
 
 
-@triton.jit
-def _max_slabs(max_LR, L: tl.constexpr, R: tl.constexpr):
-    """The largest over L, [R]: as `sum_slabs`, one exchange between warps."""
-    m = tl.permute(max_LR, (1, 0))
-    for level in tl.static_range(L.bit_length() - 1):
-        left, right = tl.split(tl.reshape(m, [R, L >> (level + 1), 2]))
-        m = tl.maximum(left, right)
-    return tl.reshape(m, [R])
-
-
-@triton.jit
-def _join_slabs(
-    even_LDR, odd_LDR, max_LR, scale, sum_LR4, L: tl.constexpr, R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The slabs of a split as one part: acc [R, K / 4, 4], maximum and sum [R]."""
-    acc = tl.reshape(tl.join(even_LDR, odd_LDR), [L, BLOCK_D // 64, 4, 8, R, 2])
-    acc_LRK = tl.reshape(tl.permute(acc, (0, 4, 1, 3, 2, 5)), [L, R, BLOCK_D])
-    max_R = _max_slabs(max_LR, L, R)
-    # Explicit products: whether the compiler fuses them into the sums may differ from R to R.
-    weight_LR = tl.exp2((max_LR - max_R[None, :]) * scale)
-    sum_LR = tl.fma(tl.sum(sum_LR4, axis=2), weight_LR, 0.0)
-    sum_R = tl.reshape(sum_slabs(sum_LR[:, :, None], L, R, 1), [R])
-    acc_RK = sum_slabs(tl.fma(acc_LRK, weight_LR[:, :, None], 0.0), L, R, BLOCK_D)
-    return tl.reshape(acc_RK, [R, BLOCK_D // 4, 4]), max_R * scale, sum_R
-
-
-@triton.jit
-def _store_part(
-    acc_ptr, extremes_ptr, part, acc_RDE, max_R, sum_R, mask, dim, R: tl.constexpr, K: tl.constexpr
-):
-    """Leave one part of a tile for the program that joins: acc [R, K], maximum and sum [R, 2]."""
-    r = tl.arange(0, R)
-    place = turned(acc_ptr + ((r + part * R)[:, None, None] * K + dim))
-    tl.store(place, turned(acc_RDE), mask=turned(mask))
-    tl.store(extremes_ptr + (r + part * R) * 2, max_R)
-    tl.store(extremes_ptr + (r + part * R) * 2 + 1, sum_R)
-
-
-@triton.jit
-def _join(
-    acc_ptr, extremes_ptr, first, last, mask, dim, R: tl.constexpr, K: tl.constexpr,
-    D: tl.constexpr,
-):  # fmt: skip
-    """Join parts first … last in order, a few at a time, so that their loads overlap."""
-    if last - first < 4:  # one trip either way, and shorter
-        joined = _join_parts(acc_ptr, extremes_ptr, first, last, mask, dim, R, K, D, 4)
-    else:
-        joined = _join_parts(acc_ptr, extremes_ptr, first, last, mask, dim, R, K, D, 8)
-    return joined
-
-
-@triton.jit
-def _join_parts(
-    acc_ptr, extremes_ptr, first, last, mask, dim, R: tl.constexpr, K: tl.constexpr,
-    D: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """The same, TOGETHER at a time."""
-    r = tl.arange(0, R)[:, None, None]
-    max_R = tl.full([R, 1, 1], _LOWEST, tl.float32)
-    sum_R = tl.zeros([R, 1, 1], tl.float32)
-    acc_RDE = tl.zeros([R, D, 4], tl.float32)
-    for start in range(first, last + 1, TOGETHER):
-        for i in tl.static_range(TOGETHER):
-            # A part that is not there weighs exp2(lowest) = 0 and adds exact zeros.
-            # .cg: other programs wrote these, so this one's L1 must not answer.
-            part = start + i
-            live = part <= last
-            place = extremes_ptr + (r + part * R) * 2
-            part_max = tl.load(place, mask=live, other=_LOWEST, cache_modifier=".cg")
-            part_sum = tl.load(place + 1, mask=live, other=0.0, cache_modifier=".cg")
-            place = turned(acc_ptr + ((r + part * R) * K + dim))
-            part_acc = tl.load(place, turned(mask & live), 0.0, cache_modifier=".cg")
-            new_max = tl.maximum(max_R, part_max)
-            keep, weight = tl.exp2(max_R - new_max), tl.exp2(part_max - new_max)
-            sum_R = tl.fma(part_sum, weight, sum_R * keep)
-            acc_RDE = tl.fma(turned(part_acc), weight, acc_RDE * keep)
-            max_R = new_max
-    return acc_RDE, tl.reshape(max_R, [R]), tl.reshape(sum_R, [R])
-
-
-@triton.jit
-def _store_out(out_ptrs, acc_RDE, sum_R, mask):
-    out = acc_RDE / tl.where(sum_R == 0.0, 1.0, sum_R)[:, None, None]
-    tl.store(turned(out_ptrs), turned(out.to(out_ptrs.dtype.element_ty)), mask=turned(mask))
-
-
 @triton.jit(
     do_not_specialize=["T", "S", "sequence_lines", "path_length", "scale", "splits", "walk"]
 )
@@ -273,8 +193,8 @@ def _decode_attention_kernel(
     splits, walk, path_slots_ptr, path_start_ptr, path_length,
     acc_ptr, extremes_ptr, ticket_ptr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, L: tl.constexpr,
-    BUFFERS: tl.constexpr, EAGER: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, L: tl.constexpr, ABREAST: tl.constexpr,
+    ALONE: tl.constexpr, BUFFERS: tl.constexpr, EAGER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL and EAGER:
         gdc_launch_dependents()
@@ -310,18 +230,19 @@ def _decode_attention_kernel(
     # A block is L slabs of N neighbours, one slab a warp. Operands are loaded where the matrix
     # instruction wants them, as in a projection: keys by `_wide`; of the values a thread takes
     # 8 neighbouring dimensions of every key whose weight it will hold.
-    N: tl.constexpr = BLOCK_S // L
+    SLABS: tl.constexpr = L // ABREAST
+    N: tl.constexpr = BLOCK_S // SLABS
     C: tl.constexpr = BLOCK_D // 32
     D: tl.constexpr = BLOCK_D // 64
-    slab = tl.arange(0, L)[None, :, None, None, None] * N
-    s_K = slab + eights(N)
+    slab_L = tl.arange(0, L) // SLABS * _SPLIT + tl.arange(0, L) % SLABS * N
+    s_K = slab_L[None, :, None, None, None] + eights(N)
     dim_K = (tl.arange(0, C)[:, None] * 32 + tl.arange(0, 32)[None, :])[None, None, :, None, :]
     word_K = (tl.arange(0, C)[:, None] * 16 + tl.arange(0, 16)[None, :])[None, None, :, None, :]
     # [4, 8, L, N / 4, D, 4]: four threads take four pairs of keys, eight times four the dimensions.
     of_thread = tl.arange(0, N // 4)[None, :] // 2 * 8 + tl.arange(0, N // 4)[None, :] % 2
     of_thread += tl.arange(0, 4)[:, None] * 2
     s_V = of_thread[:, None, None, :, None, None]
-    s_V += tl.arange(0, L)[None, None, :, None, None, None] * N
+    s_V += slab_L[None, None, :, None, None, None]
     dim_V = (tl.arange(0, D) * 32)[None, None, None, None, :, None]
     dim_V += (tl.arange(0, 8)[:, None] * 4 + tl.arange(0, 4)[None, :])[None, :, None, None, None, :]
     FULL: tl.constexpr = K == BLOCK_D
@@ -333,6 +254,7 @@ def _decode_attention_kernel(
     places = (key_ptr, value_ptr, s_K, word_K, s_V, dim_V, path)
     old = tl.minimum(newest, begin - 1)
     second = first_key + BLOCK_S
+    beside: tl.constexpr = (ABREAST - 1) * _SPLIT  # how far on a block's last keys are
     k0, v0 = _load_block(first_key, old, first_key <= old, places, K, FULL)
     if BUFFERS == 2:
         k1, v1 = _load_block(second, old, second <= old, places, K, FULL)
@@ -345,15 +267,15 @@ def _decode_attention_kernel(
     _, line_Q, ok_Q = _queries(eights(_ROWS), tile, b, T, group, R, HEADS, HEAD_TILES, H)
     place_Q = tl.broadcast_to(line_Q * K + dim_K, [8, L, C, _ROWS // 8, 32])
     q = turned(tl.load(q_ptr + turned(place_Q), mask=turned(ok_Q & (dim_K < K)), other=0.0))
-    if (begin <= newest) & (begin < second):  # some keys of the block are new
+    if (begin <= newest) & (begin < second + beside):  # some keys of the block are new
         k0, v0 = _load_block(first_key, newest, True, places, K, FULL)
     if BUFFERS == 2:
         third = second + BLOCK_S
-        if (begin <= newest) & (begin < third):
+        if (begin <= newest) & (begin < third + beside):
             k1, v1 = _load_block(second, newest, second <= newest, places, K, FULL)
 
     q_LQK = _wide(q, _ROWS, C, L)
-    s_LN = tl.arange(0, L)[:, None] * N + tl.arange(0, N)[None, :]
+    s_LN = slab_L[:, None] + tl.arange(0, N)[None, :]
     dim = tl.arange(0, BLOCK_D // 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     out_ptr += line_R[:, None, None] * K + dim
     mask = row_ok[:, None, None] & (dim < K)
@@ -361,8 +283,8 @@ def _decode_attention_kernel(
     groups = tl.cdiv(splits, _GROUP_SPLITS)
     acc_ptr += line.to(tl.int64) * (splits + groups) * R * K
     extremes_ptr += line.to(tl.int64) * (splits + groups) * 2 * R
-    for split in range(first, last + 1):
-        max_LR = tl.full([L, R], _LOWEST, tl.float32)
+    for split in range(first, last + 1, ABREAST):
+        max_LR = tl.full([L, R], LOWEST, tl.float32)
         sum_LR4 = tl.zeros([L, R, 4], tl.float32)
         even_LDR = tl.zeros([L, BLOCK_D // 2, R], tl.float32)
         odd_LDR = tl.zeros([L, BLOCK_D // 2, R], tl.float32)
@@ -373,23 +295,29 @@ def _decode_attention_kernel(
                 sum_LR4, dtype, WINDOW,
             )  # fmt: skip
             ahead = start + BUFFERS * BLOCK_S
-            k0, v0 = _load_block(ahead, newest, ahead <= newest, places, K, FULL)
+            if ABREAST == 1:
+                k0, v0 = _load_block(ahead, newest, ahead <= newest, places, K, FULL)
             if BUFFERS == 2:
                 if start + BLOCK_S < end:
                     even_LDR, odd_LDR, max_LR, sum_LR4 = _attend(
                         q_LQK, k1, v1, start + BLOCK_S + s_LN, position_R, scale, even_LDR,
                         odd_LDR, max_LR, sum_LR4, dtype, WINDOW,
                     )  # fmt: skip
-                ahead += BLOCK_S
-                k1, v1 = _load_block(ahead, newest, ahead <= newest, places, K, FULL)
-        acc_RDE, max_R, sum_R = _join_slabs(
-            even_LDR, odd_LDR, max_LR, scale, sum_LR4, L, R, BLOCK_D
-        )
-        if first_split == last_split:
-            _store_out(out_ptr, acc_RDE, sum_R, mask)
+                if ABREAST == 1:
+                    ahead += BLOCK_S
+                    k1, v1 = _load_block(ahead, newest, ahead <= newest, places, K, FULL)
+        if ABREAST == 2:
+            acc_RDE, sum_R = join_pair(even_LDR, odd_LDR, max_LR, scale, sum_LR4, L, R, BLOCK_D)
+            store_out(out_ptr, acc_RDE, sum_R, mask)
         else:
-            _store_part(acc_ptr, extremes_ptr, split, acc_RDE, max_R, sum_R, mask, dim, R, K)
-    if first_split < last_split:
+            acc_RDE, max_R, sum_R = join_slabs(
+                even_LDR, odd_LDR, max_LR, scale, sum_LR4, L, R, BLOCK_D
+            )
+            if ALONE or first_split == last_split:
+                store_out(out_ptr, acc_RDE, sum_R, mask)
+            else:
+                store_part(acc_ptr, extremes_ptr, split, acc_RDE, max_R, sum_R, mask, dim, R, K)
+    if not ALONE and first_split < last_split:
         # Join the splits of a group, then the groups.
         ticket_ptr += line * (groups + 1)
         my_group = first // _GROUP_SPLITS
@@ -398,22 +326,22 @@ def _decode_attention_kernel(
         mine = last - first + 1
         if arrive(ticket_ptr + my_group, mine) + mine == end_group - begin_group + 1:
             tl.store(ticket_ptr + my_group, 0)
-            acc_RDE, max_R, sum_R = _join(
+            acc_RDE, max_R, sum_R = join_parts(
                 acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, R, K, BLOCK_D // 4
             )
             begin_group, end_group = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
             if begin_group == end_group:
-                _store_out(out_ptr, acc_RDE, sum_R, mask)
+                store_out(out_ptr, acc_RDE, sum_R, mask)
             else:
                 acc_ptr += splits * R * K
                 extremes_ptr += splits * 2 * R
-                _store_part(acc_ptr, extremes_ptr, my_group, acc_RDE, max_R, sum_R, mask, dim, R, K)
+                store_part(acc_ptr, extremes_ptr, my_group, acc_RDE, max_R, sum_R, mask, dim, R, K)
                 if arrive(ticket_ptr + groups, 1) == end_group - begin_group:
                     tl.store(ticket_ptr + groups, 0)
-                    acc_RDE, max_R, sum_R = _join(
+                    acc_RDE, max_R, sum_R = join_parts(
                         acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, R, K, BLOCK_D // 4
                     )
-                    _store_out(out_ptr, acc_RDE, sum_R, mask)
+                    store_out(out_ptr, acc_RDE, sum_R, mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -471,18 +399,19 @@ def decode_attention(
     R, tiles = 8, _tiles(sequences, rows, H, G, 8)
     if rows * min(H // G, ROWS) > R and math.prod(tiles) * splits > NARROW_PROGRAMS:
         R, tiles = ROWS, _tiles(sequences, rows, H, G, ROWS)
-    walk = 1
-    while walk < MOST_WALK and math.prod(tiles) * _shares(splits, walk) > PROGRAMS:
-        walk *= 2
     BLOCK_D = max(triton.next_power_of_2(K), 64)
     buffers = 2 if BLOCK_D <= 128 else 1  # blocks on their way, as registers allow
+    abreast = 2 if splits == 2 and R == 8 and buffers == 2 else 1  # splits at once
+    walk = abreast
+    while walk < MOST_WALK and math.prod(tiles) * _shares(splits, walk) > PROGRAMS:
+        walk *= 2
     _decode_attention_kernel[(*tiles, _shares(splits, walk))](
         out_MHK, q_MHK, keys, values, positions_M, rows, S,
         0 if path_start is not None else G * S, K**-0.5 * math.log2(math.e),
         splits, walk, path_slots, path_start, path_slots.shape[1] if path_slots is not None else 0,
         workspace.acc, workspace.extremes, workspace.tickets,
-        H, G, K, R, window or 0, BLOCK_D, BLOCK_S, SLABS, buffers, eager,
-        num_warps=SLABS, **pdl,
+        H, G, K, R, window or 0, BLOCK_D, BLOCK_S, SLABS * abreast, abreast, splits <= abreast,
+        buffers, eager, num_warps=SLABS * abreast, **pdl,
     )  # fmt: skip
 
 

@@ -79,16 +79,16 @@ def operand(x, LINES: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def sum_slabs(acc_LWR, L: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
-    """Sum [L, W, R] over L, neighbours first. Returns [W, R].
+def sum_slabs(acc_LWR, L: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr = 1):
+    """Sum [L, W, R] over L, neighbours first. Returns [W, R], of each of PARTS > 1 [W, R, PARTS].
 
     `split` wants both operands in one thread: one exchange between the warps that own the slabs.
     """
     acc = tl.permute(acc_LWR, (1, 2, 0))
-    for level in tl.static_range(L.bit_length() - 1):
+    for level in tl.static_range((L // PARTS).bit_length() - 1):
         left, right = tl.split(tl.reshape(acc, [W, R, L >> (level + 1), 2]))
         acc = left + right
-    return tl.reshape(acc, [W, R])
+    return acc if PARTS > 1 else tl.reshape(acc, [W, R])
 
 
 @triton.jit

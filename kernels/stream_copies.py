@@ -20,21 +20,35 @@ TICKETS = gl.constexpr(0)  # the first counter; then, for each phase but the fir
 FINISHED = gl.constexpr(4)  # the barrier behind those that open phases
 # One name until Triton 3.6, another one since.
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-_FLIGHT = gl.constexpr(3)  # slots of weights under way; more would only queue, others behind them
+
+
+@gluon.jit
+def _under_way(slot):
+    """How many slots of weights may be under way once this one of a phase is asked for.
+
+    More than three would only queue, and others behind them. The first ones of a phase come while
+    attention runs or programs agree on the phase before, whose small reads are what all wait for.
+    """
+    most = 3
+    if slot < 9:
+        most = 2
+    if slot < 2:
+        most = 1
+    return most
 
 
 @gluon.jit
 def _stream_tile(
-    weight, ring, full, empty, count, tile,
+    weight, ring, full, empty, count, begin, tile,
     PAIRS: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Copies of one tile, left to right."""
+    """Copies of one tile, left to right, of a phase that began with use `begin` of the ring."""
     line = tile // (PAIRS // 8) * (2 * PAIRS) + tile % (PAIRS // 8) * 8
     for step in range(K // COLUMNS):
         slot = count % SLOTS
         mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
-        if count >= _FLIGHT:
-            landed = count - _FLIGHT
+        landed = count - _under_way(count - begin)
+        if landed >= 0:
             mbarrier.wait(full.index(landed % SLOTS), landed // SLOTS & 1)
         mbarrier.expect(full.index(slot), weight.block_type.nbytes)
         place = [step * L, 0, line, 0]
@@ -58,7 +72,7 @@ def _stream_tickets(
     programs = gl.num_programs(0)
     dealt = gl.maximum(TILES // programs - 2, 1) * programs  # of the rest, tickets are drawn
     draws = TILES - dealt + programs
-    tile = gl.program_id(0)
+    begin, tile = count, gl.program_id(0)
     while tile < TILES:
         next_tile = tile + programs
         if next_tile >= dealt:
@@ -69,7 +83,7 @@ def _stream_tickets(
         mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
         tiles.index(slot).store(gl.full([1], tile, gl.int32, one))
         thread_barrier()  # all lanes have stored it, and one of them arrives
-        count = _stream_tile(weight, ring, full, empty, count, tile, PAIRS, K, SLOTS)
+        count = _stream_tile(weight, ring, full, empty, count, begin, tile, PAIRS, K, SLOTS)
         tile = next_tile
     slot = count % SLOTS
     mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
@@ -85,8 +99,9 @@ def _stream_weights(
     TILES: gl.constexpr, PAIRS: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """A phase of few tiles, dealt out in turns."""
+    begin = count
     for tile in range(gl.program_id(0), TILES, gl.num_programs(0)):
-        count = _stream_tile(weight, ring, full, empty, count, tile, PAIRS, K, SLOTS)
+        count = _stream_tile(weight, ring, full, empty, count, begin, tile, PAIRS, K, SLOTS)
     return count
 
 

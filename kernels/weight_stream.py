@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
@@ -135,6 +135,9 @@ def _product(w, x, counts, rstd, scales, K: gl.constexpr, R: gl.constexpr, HELD:
         x1 = _rows(x_ring, x_full, x_count, step + 1, X_SLOTS, rstd, scales)
         w0 = _weights(ring, full, count, SLOTS)
         w1 = _weights(ring, full, count + 1, SLOTS)
+        # Both slots are in registers before a copy may write there again: a barrier of warps waits
+        # for no load that is under way.
+        fence_async_shared()
         mbarrier.arrive(empty.index(count % SLOTS), count=1)
         mbarrier.arrive(empty.index((count + 1) % SLOTS), count=1)
         if not HELD:

@@ -176,8 +176,8 @@ class DecodeStep:
 
         def launch_all() -> None:
             for T, plain in shapes:
-                # The least and the most splits: all tile heights of attention that T rows take.
-                for tier in {tiers[0], tiers[-1]}:
+                # One split, two, more and the most: all that attention does for T rows.
+                for tier in {*tiers[:3], tiers[-1]}:
                     self.launch(T, tier, plain=plain)
             # Few rows and many: the norms of q and k then take another kernel.
             for count in {1, min(PREFILL_CHUNK, self.cache.capacity)}:
@@ -286,7 +286,7 @@ class DecodeStep:
     def _tier(self, length: int) -> int:
         """Splits of attention's grid for a context of `length`: a power of two, or all."""
         splits, most = count_splits(length), count_splits(self.cache.capacity)
-        return min(max(1 << (splits - 1).bit_length(), 4), most)
+        return min(1 << (splits - 1).bit_length(), most)
 
     def _tiers(self, lengths: range) -> list[int]:
         """All tiers that contexts of these lengths need."""

@@ -170,6 +170,7 @@ class Emulator:
         patch.setattr(
             weight_stream, "mma_v2", lambda a, b, c: (c + a.double() @ b.double()).float()
         )
+        patch.setattr(weight_stream, "fence_async_shared", none)
         patch.setattr(weight_stream, "_weight_stream_kernel", self)
         properties = SimpleNamespace(multi_processor_count=programs)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: properties)

@@ -125,18 +125,26 @@ def make_step(config: dict) -> decode_step.DecodeStep:
 def test_one_kernel_for_each_layer_shape(config: dict, launches: list[Launch]) -> None:
     step, compiled = make_step(config), {}
     for T in range(1, 65):
-        for tier in (2, 8, 128):
+        for tier in (1, 2, 8, 128):
             launches.clear()
             step.launch(T, tier, plain=False)
             compiled[T, tier] = frozenset(launches)
-    # A tile of 8 rows or of 16; nothing else about the call matters. Both families have three or
-    # four heads a group, so one tile of 8 rows suffices attention up to T = 2.
-    assert len(set(compiled.values())) == 4
-    assert compiled[1, 2] == compiled[2, 128] == compiled[3, 8]
+    # A tile of 8 rows or of 16, and in attention one split, two at once or many; nothing else about
+    # the call matters. Both families have three or four heads a group, so one tile of 8 rows
+    # suffices attention up to T = 2.
+    attention = {
+        tuple(dict(launch.constants)[name] for name in ("R", "ABREAST", "ALONE"))
+        for launch in set().union(*compiled.values())
+        if launch.kernel.__name__ == "_decode_attention_kernel"
+    }
+    assert attention == {(8, 1, True), (8, 2, True), (8, 1, False), (16, 1, False)}
+    for tier in (1, 2):
+        assert compiled[1, tier] == compiled[8, tier] != compiled[9, tier]
+    assert compiled[1, 8] == compiled[2, 128] == compiled[3, 8]
     assert compiled[3, 128] == compiled[8, 128]
-    assert compiled[9, 2] != compiled[9, 128] == compiled[64, 8]
+    assert compiled[9, 8] != compiled[8, 8] and compiled[9, 128] == compiled[64, 8]
     # embed, qkv, attention, o, gate/up, down, head, choose; normalize, router, route
-    assert len(compiled[1, 2]) == (8 if config is SMALL else 11)
+    assert {len(kernels) for kernels in compiled.values()} == {8 if config is SMALL else 11}
 
 
 @pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
@@ -185,7 +193,7 @@ def test_operands_reach_the_matrix_instruction_in_registers(
     rows: int, launches: list[Launch]
 ) -> None:
     """That rests on Triton's default layouts, whose order of axes changed in 3.7 (operands.py)."""
-    make_step(SMALL).launch(rows, 2, plain=False)
+    make_step(SMALL).launch(rows, 8, plain=False)
     seen = []
     for launch in dict.fromkeys(launches):
         constants, ptx = dict(launch.constants), launch.ptx()

@@ -122,7 +122,8 @@ class Copies:
         self.places: list[tuple[str, list[int]]] = []
         self.tiles: list[int] = []
         self.tickets = self.program = 0
-        for name in ("_stream_tile", "_stream_tickets", "_stream_weights", "weights_part"):
+        parts = "_under_way", "_stream_tile", "_stream_tickets", "_stream_weights", "weights_part"
+        for name in parts:
             monkeypatch.setattr(stream_copies, name, getattr(stream_copies, name).fn)
         nothing = SimpleNamespace(wait=lambda *_: None, expect=lambda *_: None,
                                   arrive=lambda *_, **__: None)  # fmt: skip

@@ -178,17 +178,24 @@ def test_every_kernel_fits_a_multiprocessor(name: str, launches, tmp_path: Path)
     assert 2 * (smallest + 1024) > MULTIPROCESSOR
 
 
-def beside_attention(name: str, launches: list[Launch]) -> tuple[Launch, set[StreamLaunch]]:
+def beside_attention(
+    name: str, splits: int, launches: list[Launch]
+) -> tuple[Launch, set[StreamLaunch]]:
     """The attention of one row, and what streams weights before and behind it."""
-    make_step(name).launch(1, 2, plain=True)
+    make_step(name).launch(1, splits, plain=True)
     (attention,) = (x for x in set(launches) if "decode_attention" in str(x.kernel))
     assert dict(attention.constants)["EAGER"]
     return attention, set(streamed(launches))
 
 
+@pytest.mark.parametrize("splits", [1, 2, 4])  # two are one program's, of eight warps
 @pytest.mark.parametrize("name", CONFIGS)
-def test_attention_of_one_row_finds_registers_beside_it(name, launches, tmp_path: Path) -> None:
-    attention, kernels = beside_attention(name, launches)
+def test_attention_of_one_row_finds_registers_beside_it(
+    name: str, splits: int, launches, tmp_path: Path
+) -> None:
+    if splits == 2 and CONFIGS[name]["head_size"] == 128:
+        pytest.skip("no shared memory either")
+    attention, kernels = beside_attention(name, splits, launches)
     registers, _ = usage(attention, tmp_path)
     registers = -(-registers // 8) * 8 * 32 * attention.warps  # given out by eights
     for launch in kernels:
@@ -199,14 +206,33 @@ def test_attention_of_one_row_finds_registers_beside_it(name, launches, tmp_path
 OVER = pytest.mark.xfail(strict=True, reason="324 bytes too many of 3B, 2,372 of 8B")
 
 
+@pytest.mark.parametrize("splits", [1, 2, 4])
 @pytest.mark.parametrize(
     "name", ["1B", pytest.param("3B", marks=OVER), pytest.param("8B", marks=OVER)]
 )
-def test_attention_of_one_row_finds_shared_memory_beside_it(name: str, launches) -> None:
-    attention, kernels = beside_attention(name, launches)
+def test_attention_of_one_row_finds_shared_memory_beside_it(
+    name: str, splits: int, launches
+) -> None:
+    attention, kernels = beside_attention(name, splits, launches)
     beside = compiled(attention).metadata.shared + 1024
     for launch in kernels:
         assert compiled(launch).metadata.shared + 1024 + beside <= MULTIPROCESSOR
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_slot_is_in_registers_before_copies_may_write_there(name: str, launches) -> None:
+    """A barrier of warps waits for no load under way, and copies pass such a load by."""
+    for launch in every_kernel(name, launches):
+        under_way, let_go = False, 0
+        for line in compiled(launch).asm["ptx"].splitlines():
+            if "ldmatrix" in line:
+                under_way = True
+            elif "fence.proxy.async" in line:
+                under_way = False
+            elif re.search(r"mbarrier\.arrive\.shared", line):
+                assert not under_way
+                let_go += 1
+        assert let_go >= 2
 
 
 ACCESS = re.compile(r"\b(?:ld|st|atom|red)\.\S*global\S*|\bcp\.async\.\S+")

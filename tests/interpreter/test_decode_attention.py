@@ -110,6 +110,20 @@ def test_neither_company_nor_the_grid_matters(window: int | None) -> None:
             assert_close(row[0], together[t].double(), 64)  # equal bits: on the GPU
 
 
+@pytest.mark.parametrize("window", [None, 3, 100, 200])
+@pytest.mark.parametrize("T,start", [(1, 0), (2, 62), (3, 126), (1, 127), (2, 130), (4, 250)])
+def test_two_splits_at_once_are_joined_as_in_memory(T: int, start: int, window: int | None) -> None:
+    H, G, K, S = 4, 2, 40, 256
+    keys, values = cache(1, G, S, K)
+    keys[:, :, start + T :], values[:, :, start + T :] = torch.nan, torch.nan
+    q = random(T, H, K)
+    outs = [attend(q, keys, values, [start], T, splits, window=window) for splits in (2, 3, 4)]
+    if start + T <= 128:
+        outs.append(attend(q, keys, values, [start], T, 1, window=window))
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+    assert_matches_float64(outs[0], q, keys, values, [start], T, window)
+
+
 def test_more_splits_than_a_group_joins() -> None:
     H, G, K, S = 2, 1, 16, 2248  # 8 splits of 128 keys and 3 of 512
     keys, values = cache(1, G, S, K)
