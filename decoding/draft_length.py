@@ -33,12 +33,16 @@ class FixedDraftLength:
     def next(self) -> int:
         return self.most
 
+    def decline(self) -> None:
+        pass
+
     def observe(self, cycle: Cycle) -> None:
         pass
 
 
 class AutoDraftLength:
-    """Call `next` for the length of a cycle and `observe` with what came of it.
+    """Call `next` for the length of a cycle and `observe` with what came of it. In between,
+    `decline` if the drafter had no guess, which may change `idle`.
 
     Plain cycles come in runs, which a GPU works off ahead of the host: `idle` cycles from this one
     on will certainly not draft. While drafting does not pay, a probe ends each run, of the length
@@ -48,6 +52,7 @@ class AutoDraftLength:
     most = MAX_DRAFT_LENGTH
     MARGIN = 1.01  # drafting must promise this much, so that noise does not start it
     CREDIT = 1.5  # plain steps that probes may lose at once: one bad guess decides nothing
+    SLOW, SLOW_CREDIT = 1.0, 0.5  # plain steps: where a run's start loses that, credit is less
     SHARE = 0.018  # of the time, that they may lose beyond; the promise is 3 % in all
     LONGEST_RUN = 128  # of plain cycles: by then old measurements have expired
 
@@ -59,6 +64,12 @@ class AutoDraftLength:
 
     def next(self) -> int:
         return 0 if self.idle else self._length
+
+    def decline(self) -> None:
+        """Nothing to verify. Where a lone step is dear, the next run begins instead of a probe."""
+        if not self._pays and self._start() >= self.SLOW:
+            self._lost += self._start()
+            self.idle = self._until(0.0)
 
     def observe(self, cycle: Cycle) -> None:
         plain, paid = self.idle > 0, False
@@ -86,15 +97,23 @@ class AutoDraftLength:
         if not probe.accepted and probe.catch_up_seconds > self.SHARE * self.LONGEST_RUN * plain:
             # What the drafter missed costs more the longer one waits: then waiting does not help.
             self._lost = math.inf
-        return probe.draft_seconds + probe.verify_seconds < worth
+        return probe.draft_seconds + probe.target_seconds < worth
 
     def _run(self) -> int:
         """Plain cycles until what probes lost is within bounds."""
-        if self._lost - self.CREDIT < self.SHARE:
+        start = self._start()
+        credit = self.CREDIT if start < self.SLOW else self.SLOW_CREDIT
+        if self._lost - credit < self.SHARE:
             return 0
-        start = self._cost.verify_seconds()[0] / self._cost.plain_seconds - 1
-        self._lost += max(start, 0.0)  # of that run; a disturbed clock may say that it costs less
-        return int(min((self._lost - self.CREDIT) / self.SHARE, self.LONGEST_RUN))
+        self._lost += start
+        return self._until(credit)
+
+    def _start(self) -> float:
+        """Plain steps that a run's beginning costs; a disturbed clock may say that it gains."""
+        return max(self._cost.verify_seconds()[0] / self._cost.plain_seconds - 1, 0.0)
+
+    def _until(self, lost: float) -> int:
+        return int(min((self._lost - lost) / self.SHARE, self.LONGEST_RUN))
 
     def _choose(self) -> None:
         """The best length to draft, and whether it pays."""
@@ -186,7 +205,7 @@ class CycleCost:
 
     def observe(self, cycle: Cycle, *, plain: bool) -> None:
         self._cycles += 1
-        sample = max(cycle.verify_seconds, 1e-9)  # a clock may not have moved
+        sample = max(cycle.target_seconds, 1e-9)  # a clock may not have moved
         if plain and self._follows:
             self._plain.append(sample)
             self._last_plain = self._cycles

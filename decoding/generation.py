@@ -94,6 +94,9 @@ class PlainDecoder:
             token = next(self._ahead)
         return [checked(token, position=len(tokens))]
 
+    def committed(self) -> None:
+        """The last block is in the transcript; until the next step the caller has the floor."""
+
     def statistics(self, committed: int) -> SpeculationStatistics | None:
         return None
 
@@ -135,6 +138,7 @@ class Generation(Iterator[Chunk]):
             self._seconds += self._request.clock() - start
         self._ready.extend(transcript.commit(block))
         self._forget()
+        self.decoder.committed()
 
     def close(self) -> None:
         """End the output here; held-back text still comes."""

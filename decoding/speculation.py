@@ -104,6 +104,8 @@ class SpeculativeDecoder(PlainDecoder):
             self.capture_seconds = (self.capture_seconds or 0.0) + drafter.engine.capture_seconds
         self._told = 0  # committed tokens that the drafter knows of
         self._cycles: list[Cycle] = []
+        self._ended = 0.0  # the clock when the last block was there
+        self._commit_seconds = 0.0  # that its handing over took then
         self._looks_up = isinstance(drafter, NgramDrafter)
         self._tried = self._held = 0  # cycles that drafted, and whose first draft was accepted
 
@@ -112,7 +114,8 @@ class SpeculativeDecoder(PlainDecoder):
         start = self.clock()
         self._drafter.prefill(tokens)
         self._told = len(tokens)
-        self.prefill_seconds["draft"] = self.clock() - start
+        self._ended = self.clock()
+        self.prefill_seconds["draft"] = self._ended - start
         return block
 
     def step(self, tokens: list[int], room: int) -> list[int]:
@@ -125,6 +128,8 @@ class SpeculativeDecoder(PlainDecoder):
             self._told = len(tokens)
             caught_up = self.clock()
             drafts, q_NV = self._propose(length)
+            if not drafts and self._runs_ahead:
+                self._length.decline()
         drafted = self.clock()
 
         idle = min(self._length.idle, room)
@@ -139,16 +144,21 @@ class SpeculativeDecoder(PlainDecoder):
                 block = verify_rejection(logits_TV, drafts, q_NV, self.sampler, len(tokens))
         self.cache.rollback(len(tokens) + len(block) - 1)
 
+        self._ended = self.clock()
         self._record(
             Cycle(
                 drafted=len(drafts),
                 accepted=len(block) - 1,
                 catch_up_seconds=caught_up - start,
                 draft_seconds=drafted - caught_up,
-                verify_seconds=self.clock() - drafted,
+                verify_seconds=self._ended - drafted,
+                commit_seconds=self._commit_seconds,
             )
         )
         return block
+
+    def committed(self) -> None:
+        self._commit_seconds = self.clock() - self._ended
 
     def statistics(self, committed: int) -> SpeculationStatistics:
         touched, passes = self.engine.expert_counts()

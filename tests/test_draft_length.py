@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from fake_model import FakeModel, ScriptedDrafter
@@ -166,6 +167,8 @@ def seconds_beside_best_fixed(
         def next(self) -> int:
             return 0
 
+        def decline(self) -> None: ...
+
         def observe(self, cycle: Cycle) -> None: ...
 
     def total(make: Callable) -> float:
@@ -264,3 +267,39 @@ def test_idle_cycles_are_those_that_do_not_draft(seed: int) -> None:
                 verify_seconds=1.0,
             )
         )
+
+
+def test_a_plain_cycle_costs_what_the_device_did_while_its_block_was_handed_over() -> None:
+    """Two drafts for 3 plain steps: by what the host waited for in them they would not pay."""
+    for commit, pays in ((0.0, False), (0.6, True)):
+        length, blocks = AutoDraftLength(), []
+        for _ in range(200):
+            plain = length.idle > 0
+            blocks.append(length.next())
+            length.observe(
+                Cycle(
+                    drafted=blocks[-1],
+                    accepted=min(blocks[-1], 2),
+                    verify_seconds=0.4 if plain else 1.6,
+                    commit_seconds=commit,
+                )
+            )
+        assert (sum(drafted > 0 for drafted in blocks) > 100) == pays
+
+
+@pytest.mark.parametrize("start", [0.0, 2.0])
+def test_a_probe_without_a_guess_begins_a_run_where_that_is_slow(start: float) -> None:
+    """It costs one lone step instead of two. Where that costs no more, one goes on asking."""
+    length, alone, announced = AutoDraftLength(), [], 0
+    for _ in range(1000):
+        if length.next():
+            length.decline()
+        alone.append(announced == 0)
+        announced = max(announced or length.idle, 1) - 1
+        seconds = 1 + start * alone[-1]
+        length.observe(Cycle(drafted=0, accepted=0, verify_seconds=seconds))
+    if start:
+        assert not any(map(all, pairwise(alone)))
+        assert sum(alone) * start <= 0.03 * len(alone)
+    else:
+        assert sum(alone) > 0.9 * len(alone)

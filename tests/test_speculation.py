@@ -14,6 +14,7 @@ from draftnorm.decoding.drafters import NgramDrafter
 from draftnorm.decoding.generation import generate
 from draftnorm.decoding.sampling import SamplingConfig
 from draftnorm.decoding.speculation import speculate
+from draftnorm.decoding.transcript import Transcript
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.transformer import Transformer
 
@@ -355,3 +356,31 @@ def test_experts_are_counted_for_a_mixture() -> None:
     # What a model touches as a draft is not the target's.
     apart = speculate(mixture, None, [1, 2], draft=its_copy, **options).result()
     assert result.speculation.experts_per_layer == apart.speculation.experts_per_layer
+
+
+@pytest.mark.parametrize("draft_length", [2, "auto"])
+def test_a_cycle_has_the_time_of_its_commit_and_not_the_callers(
+    draft_length: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    commit = Transcript.commit
+
+    def slow_commit(transcript: Transcript, block: list[int]) -> list:
+        spend(0.5)
+        return commit(transcript, block)
+
+    monkeypatch.setattr(Transcript, "commit", slow_commit)
+    target = FakeModel(V, on_pass=lambda rows: spend(2.0))
+    draft = ScriptedDrafter(lambda tokens, n: [0] * n)
+    options = dict(draft_length=draft_length, max_new_tokens=40, clock=lambda: now[0])
+    generation = speculate(target, None, [1, 2], draft=draft, **options)
+    for index, _ in enumerate(generation):
+        spend(1000.0 if index == 5 else 5.0)  # a slow reader, and once a long pause
+    cycles, result = generation.decoder._cycles, generation.result()
+    assert {cycle.seconds for cycle in cycles} == {2.5}
+    assert result.speculation.verify_seconds == result.seconds == 2.0 * len(cycles)
+    assert result.speculation.draft_seconds == 0.0
