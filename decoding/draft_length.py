@@ -33,6 +33,9 @@ class FixedDraftLength:
     def next(self) -> int:
         return self.most
 
+    def wait(self) -> None:
+        pass
+
     def decline(self) -> None:
         pass
 
@@ -55,6 +58,7 @@ class AutoDraftLength:
     SLOW, SLOW_CREDIT = 1.0, 0.5  # plain steps: where a run's start loses that, credit is less
     SHARE = 0.018  # of the time, that they may lose beyond; the promise is 3 % in all
     LONGEST_RUN = 128  # of plain cycles: by then old measurements have expired
+    FIRST_RUN = 24  # plain cycles before a text is asked whether it repeats itself
 
     def __init__(self) -> None:
         self._acceptance, self._cost = Acceptance(), CycleCost()
@@ -64,6 +68,10 @@ class AutoDraftLength:
 
     def next(self) -> int:
         return 0 if self.idle else self._length
+
+    def wait(self) -> None:
+        """Where lone steps are dear there is credit for one probe; a look-up's needs some text."""
+        self.idle = self.FIRST_RUN
 
     def decline(self) -> None:
         """Nothing to verify. Where a lone step is dear, the next run begins instead of a probe."""
@@ -77,6 +85,8 @@ class AutoDraftLength:
         if plain:
             self.idle -= 1
             self._lost = max(0.0, self._lost - self.SHARE)
+            if self._cost.cycles == 2 and self._start() < self.SLOW:
+                self.idle = min(self.idle, 2)  # no reason to wait, but two are under way
         elif not self._pays:
             paid = self._charge(cycle)
         if cycle.drafted:
@@ -188,11 +198,11 @@ class CycleCost:
         self._follows = False
         self._moments: tuple[float, ...] = ()  # means of n, s, n², n·s: n drafts took s seconds
         self._verify: dict[int, tuple[float, int]] = {}  # drafts -> (seconds, cycle of last use)
-        self._cycles = 0
+        self.cycles = 0
 
     def is_forgetting_plain(self) -> bool:
         """Whether plain decoding, which all is compared with, was last measured long ago."""
-        return self._cycles - self._last_plain >= self.EXPIRY - 2
+        return self.cycles - self._last_plain >= self.EXPIRY - 2
 
     @property
     def plain_seconds(self) -> float:
@@ -204,17 +214,17 @@ class CycleCost:
         return min(max(self.HOPE, 2 * max(self._verify) + 1), MAX_DRAFT_LENGTH)
 
     def observe(self, cycle: Cycle, *, plain: bool) -> None:
-        self._cycles += 1
+        self.cycles += 1
         sample = max(cycle.target_seconds, 1e-9)  # a clock may not have moved
         if plain and self._follows:
             self._plain.append(sample)
-            self._last_plain = self._cycles
+            self._last_plain = self.cycles
         else:
             seconds, _ = self._verify.get(cycle.drafted, (sample, 0))
             seconds += self.WEIGHT * (sample - seconds)
-            self._verify[cycle.drafted] = seconds, self._cycles
+            self._verify[cycle.drafted] = seconds, self.cycles
         self._follows = plain
-        oldest = self._cycles - self.EXPIRY
+        oldest = self.cycles - self.EXPIRY
         self._verify = {d: e for d, e in self._verify.items() if e[1] > oldest or d == 0}
         if cycle.drafted:
             n, s = cycle.drafted, max(cycle.draft_seconds, 1e-9)

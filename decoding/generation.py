@@ -11,7 +11,7 @@ writes it.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -86,11 +86,15 @@ class PlainDecoder:
         logits_V = self.engine.forward([tokens[-1:]])[0, -1]
         return [self.sampler.sample(logits_V, position=len(tokens))]
 
-    def run_ahead(self, tokens: list[int], count: int) -> list[int]:
-        """The next token. The device does not wait for the calls after it, `count` with this."""
+    def run_ahead(
+        self, tokens: list[int], count: int, wanted: Callable[[], int] | None = None
+    ) -> list[int]:
+        """The next token. The device does not wait for the calls after it, `count` with this, or
+        as many as are `wanted` when it could begin.
+        """
         token = next(self._ahead, None)
         if token is None:
-            self._ahead = self.engine.stream(tokens[-1:], count)
+            self._ahead = self.engine.stream(tokens[-1:], count, wanted)
             token = next(self._ahead)
         return [checked(token, position=len(tokens))]
 

@@ -107,6 +107,8 @@ class SpeculativeDecoder(PlainDecoder):
         self._ended = 0.0  # the clock when the last block was there
         self._commit_seconds = 0.0  # that its handing over took then
         self._looks_up = isinstance(drafter, NgramDrafter)
+        if self._looks_up and self._runs_ahead:
+            length.wait()
         self._tried = self._held = 0  # cycles that drafted, and whose first draft was accepted
 
     def prefill(self, tokens: Sequence[int]) -> list[int]:
@@ -134,7 +136,7 @@ class SpeculativeDecoder(PlainDecoder):
 
         idle = min(self._length.idle, room)
         if self._runs_ahead and idle > 0:
-            block = self.run_ahead(tokens, idle)
+            block = self.run_ahead(tokens, idle, lambda: self._length.idle)
         else:
             logits_TV = self.engine.forward([[tokens[-1], *drafts]])[0]
             if self._exact:

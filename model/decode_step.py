@@ -235,12 +235,15 @@ class DecodeStep:
         return choices.tolist()
 
     @torch.inference_mode()
-    def stream(self, tokens: Sequence[int], count: int) -> Iterator[int]:
+    def stream(
+        self, tokens: Sequence[int], count: int, wanted: Callable[[], int] | None = None
+    ) -> Iterator[int]:
         """Decode `count` tokens after these, each by itself; one sequence only.
 
         `tokens` are fed as one block. The device runs ahead of the caller by up to two steps;
         closing the iterator early leaves the cache at the tokens that were yielded, the last one
-        not being in it.
+        not being in it. `wanted` may say before a token that with it fewer will do: 1 or more, and
+        those under way come all the same.
         """
         if self.batch != 1:
             raise ValueError(f"stream decodes one sequence, the cache holds {self.batch}")
@@ -253,8 +256,10 @@ class DecodeStep:
             self._graph(T, self._tier(start + T), plain=True)
             for tier in self._tiers(range(start + T + 1, start + T + count)):
                 self._graph(1, tier, plain=True)
-        ring, sent = self.ring[0].numpy(), 0
-        for taken in range(count):
+        ring, sent, taken = self.ring[0].numpy(), 0, 0
+        while taken < count:
+            if wanted is not None:
+                count = min(count, max(taken + wanted(), sent))
             while sent < min(count, taken + 1 + RUN_AHEAD):
                 self._run(1 if sent else T, self._tier(start + T + sent), plain=True)
                 sent += 1
@@ -266,7 +271,8 @@ class DecodeStep:
             ring[place] = -1
             self.cache.lengths[0] = length
             self.streamed += 1
-            self.under_way = taken + 1 < count
+            taken += 1
+            self.under_way = taken < count
             yield token
 
     def expert_counts(self) -> tuple[int, int]:

@@ -303,3 +303,14 @@ def test_a_probe_without_a_guess_begins_a_run_where_that_is_slow(start: float) -
         assert sum(alone) * start <= 0.03 * len(alone)
     else:
         assert sum(alone) > 0.9 * len(alone)
+
+
+@pytest.mark.parametrize("start", [0.5, 2.0])
+def test_a_look_up_waits_for_text_where_a_probe_is_dear(start: float) -> None:
+    """Elsewhere it asks as soon as what is under way has come."""
+    length, plain = AutoDraftLength(), 0
+    length.wait()
+    while not length.next():
+        length.observe(Cycle(drafted=0, accepted=0, verify_seconds=1 + start * (plain == 0)))
+        plain += 1
+    assert plain == (AutoDraftLength.FIRST_RUN if start > AutoDraftLength.SLOW else 4)

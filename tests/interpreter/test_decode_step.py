@@ -74,6 +74,10 @@ def test_a_step_is_waited_for_only_if_nobody_has_read_what_it_chose(
     next(step.stream([6], 3))  # closed early
     step.forward([[7]])
     assert waits == [4, 5, 6]
+    wanted = iter([9, 8, 1, 1])  # two were under way when it turned out that one would do
+    assert len(list(step.stream([8], 10, lambda: next(wanted)))) == 4
+    step.forward([[9]])
+    assert waits == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("norm", NORMS)

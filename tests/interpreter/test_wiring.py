@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import weakref
 from functools import partial
+from itertools import repeat
 
 import pytest
 import torch
@@ -69,6 +70,17 @@ def test_plain_and_speculative_are_the_readable_path(temperature: float, request
         assert run.decoder.cache.lengths == lengths
     for run in runs[2:4]:  # its own drafts are always right, and none is thrown away unseen
         assert run.result().speculation.acceptance_rate == 1.0
+
+
+def test_a_first_run_that_need_not_be_long_ends_with_what_is_under_way(request) -> None:
+    target, options = tiny(1), dict(max_new_tokens=9)
+    expected, lengths = readable(target, **options)
+    request.getfixturevalue("steps")
+    clock = repeat(0.0).__next__  # a lone step costs no more than another
+    run = speculate(target, None, PROMPT, draft="ngram", clock=clock, **options)
+    assert run.result().token_ids == expected
+    assert run.decoder.cache.lengths == lengths
+    assert [cycle.drafted > 0 for cycle in run.decoder._cycles][:5] == [False] * 4 + [True]
 
 
 def test_experts_are_counted_as_on_the_readable_path(request) -> None:
