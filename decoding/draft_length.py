@@ -36,7 +36,7 @@ class FixedDraftLength:
     def wait(self) -> None:
         pass
 
-    def decline(self) -> None:
+    def decline(self, seconds: float) -> None:
         pass
 
     def observe(self, cycle: Cycle) -> None:
@@ -73,10 +73,12 @@ class AutoDraftLength:
         """Where lone steps are dear there is credit for one probe; a look-up's needs some text."""
         self.idle = self.FIRST_RUN
 
-    def decline(self) -> None:
-        """Nothing to verify. Where a lone step is dear, the next run begins instead of a probe."""
+    def decline(self, seconds: float) -> None:
+        """Nothing to verify, as `seconds` of asking showed. Where a lone step is dear, the next run
+        begins instead of a probe.
+        """
         if not self._pays and self._start() >= self.SLOW:
-            self._lost += self._start()
+            self._lost += self._start() + seconds / self._cost.plain_seconds
             self.idle = self._until(0.0)
 
     def observe(self, cycle: Cycle) -> None:

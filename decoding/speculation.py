@@ -131,7 +131,7 @@ class SpeculativeDecoder(PlainDecoder):
             caught_up = self.clock()
             drafts, q_NV = self._propose(length)
             if not drafts and self._runs_ahead:
-                self._length.decline()
+                self._length.decline(self.clock() - start)
         drafted = self.clock()
 
         idle = min(self._length.idle, room)

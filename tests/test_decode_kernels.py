@@ -224,6 +224,9 @@ def test_greedy_steps_are_forward_steps(name: str) -> None:
     cache.rollback(200)
     assert next(step.stream([7], 400)) == expected[0]  # two more are in flight, and nobody's
     assert list(step.stream([expected[0]], 5)) == expected[1:6]
+    wanted = iter([9, 8, 1, 1])  # two are in flight when it turns out that one will do
+    assert list(step.stream([expected[5]], 300, wanted.__next__)) == expected[6:10]
+    assert list(step.stream([expected[9]], 5)) == expected[10:15]
 
 
 def test_dependent_launch_is_ordered_over_many_replays() -> None:

@@ -167,7 +167,7 @@ def seconds_beside_best_fixed(
         def next(self) -> int:
             return 0
 
-        def decline(self) -> None: ...
+        def decline(self, seconds: float) -> None: ...
 
         def observe(self, cycle: Cycle) -> None: ...
 
@@ -287,20 +287,25 @@ def test_a_plain_cycle_costs_what_the_device_did_while_its_block_was_handed_over
         assert (sum(drafted > 0 for drafted in blocks) > 100) == pays
 
 
-@pytest.mark.parametrize("start", [0.0, 2.0])
-def test_a_probe_without_a_guess_begins_a_run_where_that_is_slow(start: float) -> None:
+@pytest.mark.parametrize("start,asked", [(0.0, 0.0), (2.0, 0.0), (2.0, 3.0)])
+def test_a_probe_without_a_guess_begins_a_run_where_that_is_slow(
+    start: float, asked: float
+) -> None:
     """It costs one lone step instead of two. Where that costs no more, one goes on asking."""
-    length, alone, announced = AutoDraftLength(), [], 0
+    length, alone, announced, lost = AutoDraftLength(), [], 0, 0.0
     for _ in range(1000):
+        draft_seconds = asked if length.next() else 0.0
         if length.next():
-            length.decline()
+            length.decline(asked)
         alone.append(announced == 0)
         announced = max(announced or length.idle, 1) - 1
         seconds = 1 + start * alone[-1]
-        length.observe(Cycle(drafted=0, accepted=0, verify_seconds=seconds))
+        cycle = Cycle(drafted=0, accepted=0, draft_seconds=draft_seconds, verify_seconds=seconds)
+        length.observe(cycle)
+        lost += cycle.seconds - 1
     if start:
         assert not any(map(all, pairwise(alone)))
-        assert sum(alone) * start <= 0.03 * len(alone)
+        assert lost <= 0.03 * len(alone)
     else:
         assert sum(alone) > 0.9 * len(alone)
 
