@@ -58,7 +58,7 @@ class AutoDraftLength:
     SLOW, SLOW_CREDIT = 1.0, 0.5  # plain steps: where a run's start loses that, credit is less
     SHARE = 0.018  # of the time, that they may lose beyond; the promise is 3 % in all
     LONGEST_RUN = 128  # of plain cycles: by then old measurements have expired
-    FIRST_RUN = 24  # plain cycles before a text is asked whether it repeats itself
+    FIRST_RUN = 48  # plain cycles before a text is asked whether it repeats itself
 
     def __init__(self) -> None:
         self._acceptance, self._cost = Acceptance(), CycleCost()
