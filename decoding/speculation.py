@@ -134,9 +134,10 @@ class SpeculativeDecoder(PlainDecoder):
                 self._length.decline(self.clock() - start)
         drafted = self.clock()
 
-        idle = min(self._length.idle, room)
+        plan = self._length  # through `self` a run would keep its own decoder alive
+        idle = min(plan.idle, room)
         if self._runs_ahead and idle > 0:
-            block = self.run_ahead(tokens, idle, lambda: self._length.idle)
+            block = self.run_ahead(tokens, idle, lambda: plan.idle)
         else:
             logits_TV = self.engine.forward([[tokens[-1], *drafts]])[0]
             if self._exact:
