@@ -139,10 +139,11 @@ class Generation(Iterator[Chunk]):
             self._time_to_first_token = self._request.clock() - start
         else:
             block = self.decoder.step(transcript.tokens, transcript.room)
-            self._seconds += self._request.clock() - start
         self._ready.extend(transcript.commit(block))
         self._forget()
         self.decoder.committed()
+        if not first:  # the handing over, too: a GPU may work on meanwhile
+            self._seconds += self._request.clock() - start
 
     def close(self) -> None:
         """End the output here; held-back text still comes."""
