@@ -58,12 +58,14 @@ class AutoDraftLength:
     SLOW, SLOW_CREDIT = 1.0, 0.5  # plain steps: where a run's start loses that, credit is less
     SHARE = 0.018  # of the time, that they may lose beyond; the promise is 3 % in all
     LONGEST_RUN = 128  # of plain cycles: by then old measurements have expired
+    PATIENCE = 4.0  # plain steps lost by asking in vain until drafting no longer seems to pay
     FIRST_RUN = 48  # plain cycles before a text is asked whether it repeats itself
 
     def __init__(self) -> None:
         self._acceptance, self._cost = Acceptance(), CycleCost()
         self._length, self._pays = CycleCost.HOPE, False
         self._lost = 0.0  # plain steps that probes have lost, less what they were allowed since
+        self._in_vain = 0.0  # plain steps lost by asking since the drafter last had a guess
         self.idle = 2  # all is compared with a plain cycle that follows another
 
     def next(self) -> int:
@@ -75,10 +77,12 @@ class AutoDraftLength:
 
     def decline(self, seconds: float) -> None:
         """Nothing to verify, as `seconds` of asking showed. Where a lone step is dear, the next run
-        begins instead of a probe.
+        begins instead of a probe; while drafting pays, once the drafter has fallen silent.
         """
-        if not self._pays and self._start() >= self.SLOW:
-            self._lost += self._start() + seconds / self._cost.plain_seconds
+        lost = self._start() + seconds / self._cost.plain_seconds
+        self._in_vain += lost
+        if self._in_vain > self.PATIENCE if self._pays else self._start() >= self.SLOW:
+            self._lost += lost
             self.idle = self._until(0.0)
 
     def observe(self, cycle: Cycle) -> None:
@@ -92,8 +96,10 @@ class AutoDraftLength:
         elif not self._pays:
             paid = self._charge(cycle)
         if cycle.drafted:
+            self._in_vain = 0.0
             self._acceptance.observe(cycle)
         if self.idle == 0:
+            self._cost.follows = False  # a run has ended: what comes next is waited for
             self._choose()
             if not self._pays:
                 self.idle = 0 if paid else self._run()  # a probe that paid is repeated at once
@@ -121,8 +127,11 @@ class AutoDraftLength:
         return self._until(credit)
 
     def _start(self) -> float:
-        """Plain steps that a run's beginning costs; a disturbed clock may say that it gains."""
-        return max(self._cost.verify_seconds()[0] / self._cost.plain_seconds - 1, 0.0)
+        """Plain steps that a run's beginning costs, no more than one of LONGEST_RUN makes good: a
+        disturbed clock may say anything.
+        """
+        start = self._cost.verify_seconds()[0] / self._cost.plain_seconds - 1
+        return min(max(start, 0.0), self.SHARE * self.LONGEST_RUN)
 
     def _until(self, lost: float) -> int:
         return int(min((self._lost - lost) / self.SHARE, self.LONGEST_RUN))
@@ -197,7 +206,7 @@ class CycleCost:
     def __init__(self) -> None:
         self._plain: deque[float] = deque(maxlen=9)
         self._last_plain = 0  # cycle
-        self._follows = False
+        self.follows = False
         self._moments: tuple[float, ...] = ()  # means of n, s, n², n·s: n drafts took s seconds
         self._verify: dict[int, tuple[float, int]] = {}  # drafts -> (seconds, cycle of last use)
         self.cycles = 0
@@ -218,14 +227,14 @@ class CycleCost:
     def observe(self, cycle: Cycle, *, plain: bool) -> None:
         self.cycles += 1
         sample = max(cycle.target_seconds, 1e-9)  # a clock may not have moved
-        if plain and self._follows:
+        if plain and self.follows:
             self._plain.append(sample)
             self._last_plain = self.cycles
         else:
             seconds, _ = self._verify.get(cycle.drafted, (sample, 0))
             seconds += self.WEIGHT * (sample - seconds)
             self._verify[cycle.drafted] = seconds, self.cycles
-        self._follows = plain
+        self.follows = plain
         oldest = self.cycles - self.EXPIRY
         self._verify = {d: e for d, e in self._verify.items() if e[1] > oldest or d == 0}
         if cycle.drafted:

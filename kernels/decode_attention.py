@@ -15,7 +15,9 @@ next the compiler makes pairs anew, at the end of a turn, where it waits for the
 then the splits of an aligned group of 8, then groups are joined in a fixed order, and what a row
 does not see adds exact zeros. So its bits depend on its own position, keys and window alone: not on
 the rows beside it, not on how many splits the grid has room for. The last program of a group to
-finish joins it.
+finish joins it. Up to 256 positions nothing goes by way of memory: of two splits one program of
+twice the warps, half of them for each, takes both at once and joins them in registers, in the same
+order (tiles of 8 rows, K up to 128).
 
 A row at position p sees keys max(0, p - window + 1) … p; the new rows' keys are in the cache
 already. Position p lives in slot p or, in a tree, where `path_slots` [B, path length] says: the
@@ -227,9 +229,10 @@ def _decode_attention_kernel(
     first_key = _first_of(first)
     newest = tl.minimum(_first_of(last + 1) - 1, last_key)
 
-    # A block is L slabs of N neighbours, one slab a warp. Operands are loaded where the matrix
-    # instruction wants them, as in a projection: keys by `_wide`; of the values a thread takes
-    # 8 neighbouring dimensions of every key whose weight it will hold.
+    # A block is SLABS slabs of N neighbours, one slab a warp; of ABREAST splits, one block of each
+    # is attended to at once, the second's _SPLIT keys further on. Operands are loaded where the
+    # matrix instruction wants them, as in a projection: keys by `_wide`; of the values a thread
+    # takes 8 neighbouring dimensions of every key whose weight it will hold.
     SLABS: tl.constexpr = L // ABREAST
     N: tl.constexpr = BLOCK_S // SLABS
     C: tl.constexpr = BLOCK_D // 32

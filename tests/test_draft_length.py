@@ -319,3 +319,36 @@ def test_a_look_up_waits_for_text_where_a_probe_is_dear(start: float) -> None:
         length.observe(Cycle(drafted=0, accepted=0, verify_seconds=1 + start * (plain == 0)))
         plain += 1
     assert plain == (AutoDraftLength.FIRST_RUN if start > AutoDraftLength.SLOW else 4)
+
+
+def speculate_on_a_gpu(start: float, guesses: Callable[[int], bool], first: float) -> list[float]:
+    """Seconds until each cycle of 1,500 tokens began, by position; all guesses are right.
+
+    A lone step costs `start` more than one in a run, the first cycle `first` times as much.
+    """
+    length, idle, began = AutoDraftLength(), 0, [0.0]
+    length.wait()
+    while len(began) <= 1500:
+        drafted = min(length.next(), 1500 - len(began))
+        if drafted and not guesses(len(began)):
+            length.decline(0.0)
+            drafted = 0
+        alone, idle = idle <= 1, length.idle
+        seconds = (1 + start * alone) * (first if len(began) == 1 else 1)
+        length.observe(Cycle(drafted=drafted, accepted=drafted, verify_seconds=seconds))
+        began += [began[-1] + seconds] * (drafted + 1)
+    return began
+
+
+@pytest.mark.parametrize("start", [0.5, 1.5, 2.5])
+@pytest.mark.parametrize("first", [1.0, 4.0])  # in a new process the first cycle is a slow one
+def test_text_that_begins_to_repeat_itself_is_found_out(start: float, first: float) -> None:
+    began = speculate_on_a_gpu(start, lambda position: position >= 400, first)
+    assert began[1500] - began[700] < 0.7 * 800
+
+
+@pytest.mark.parametrize("start", [0.5, 1.5, 2.5])
+def test_a_drafter_that_falls_silent_is_seldom_asked(start: float) -> None:
+    """A model does so past its context."""
+    began = speculate_on_a_gpu(start, lambda position: position < 300, 1.0)
+    assert began[1500] - began[320] < 1.05 * 1180

@@ -31,7 +31,9 @@ def test_steps_of_processes_that_take_turns_keep_their_bits() -> None:
     ]  # fmt: skip
     try:
         for process in running:
-            steps, wrong = map(int, process.communicate(timeout=120)[0].split())
+            said = process.communicate(timeout=120)[0]
+            assert process.returncode == 0
+            steps, wrong = map(int, said.split())
             assert steps > 500
             assert wrong == 0
     finally:
