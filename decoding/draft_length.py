@@ -58,6 +58,8 @@ class AutoDraftLength:
     SLOW, SLOW_CREDIT = 1.0, 0.5  # plain steps: where a run's start loses that, credit is less
     SHARE = 0.018  # of the time, that they may lose beyond; the promise is 3 % in all
     LONGEST_RUN = 128  # of plain cycles: by then old measurements have expired
+    FOR_GOOD = 1 << 20  # plain cycles, more than a text has
+    BLOCK = 16  # tokens that a drafter catches up with at a time
     PATIENCE = 4.0  # plain steps lost by asking in vain until drafting no longer seems to pay
     FIRST_RUN = 48  # plain cycles before a text is asked whether it repeats itself
 
@@ -65,6 +67,7 @@ class AutoDraftLength:
         self._acceptance, self._cost = Acceptance(), CycleCost()
         self._length, self._pays = CycleCost.HOPE, False
         self._lost = 0.0  # plain steps that probes have lost, less what they were allowed since
+        self._missed = 0  # plain cycles since the drafter was asked
         self._in_vain = 0.0  # plain steps lost by asking since the drafter last had a guess
         self.idle = 2  # all is compared with a plain cycle that follows another
 
@@ -90,11 +93,14 @@ class AutoDraftLength:
         self._cost.observe(cycle, plain=plain)
         if plain:
             self.idle -= 1
+            self._missed += 1
             self._lost = max(0.0, self._lost - self.SHARE)
             if self._cost.cycles == 2 and self._start() < self.SLOW:
                 self.idle = min(self.idle, 2)  # no reason to wait, but two are under way
-        elif not self._pays:
-            paid = self._charge(cycle)
+        else:
+            if not self._pays:
+                paid = self._charge(cycle)
+            self._missed = 0
         if cycle.drafted:
             self._in_vain = 0.0
             self._acceptance.observe(cycle)
@@ -112,10 +118,15 @@ class AutoDraftLength:
         worth = plain * (1 + probe.accepted)
         self._lost = max(0.0, self._lost + (probe.seconds - worth) / plain)
         self._acceptance.fade()
-        if not probe.accepted and probe.catch_up_seconds > self.SHARE * self.LONGEST_RUN * plain:
-            # What the drafter missed costs more the longer one waits: then waiting does not help.
+        paid = probe.draft_seconds + probe.target_seconds < worth
+        # What the drafter missed costs more the longer one waits: then waiting does not help.
+        if self._start() < self.SLOW:
+            wait, failed = self.LONGEST_RUN, not probe.accepted
+        else:
+            wait, failed = (self._missed // self.BLOCK + 1) * self.BLOCK, not paid
+        if failed and probe.catch_up_seconds > self.SHARE * wait * plain:
             self._lost = math.inf
-        return probe.draft_seconds + probe.target_seconds < worth
+        return paid
 
     def _run(self) -> int:
         """Plain cycles until what probes lost is within bounds."""
@@ -134,7 +145,9 @@ class AutoDraftLength:
         return min(max(start, 0.0), self.SHARE * self.LONGEST_RUN)
 
     def _until(self, lost: float) -> int:
-        return int(min((self._lost - lost) / self.SHARE, self.LONGEST_RUN))
+        # Where a start is dear one long run is better than several, each with a start to make good.
+        longest = self.LONGEST_RUN if self._start() < self.SLOW else self.FOR_GOOD
+        return int(min((self._lost - lost) / self.SHARE, longest))
 
     def _choose(self) -> None:
         """The best length to draft, and whether it pays."""

@@ -352,3 +352,23 @@ def test_a_drafter_that_falls_silent_is_seldom_asked(start: float) -> None:
     """A model does so past its context."""
     began = speculate_on_a_gpu(start, lambda position: position < 300, 1.0)
     assert began[1500] - began[320] < 1.05 * 1180
+
+
+@pytest.mark.parametrize("start", [1.2, 2.0])
+@pytest.mark.parametrize("accepted", [0, 1])
+def test_who_falls_behind_faster_than_a_wait_makes_good_is_asked_no_more(
+    start: float, accepted: int
+) -> None:
+    """A model's probe, on a target whose lone steps are dear: 1.5 steps for each 16 tokens."""
+    length, alone, missed, lost = AutoDraftLength(), True, 2, 0.0
+    for _ in range(1500):
+        if drafted := length.next():
+            costs = dict(catch_up_seconds=1.5 * -(-missed // 16), draft_seconds=2.5)
+            cycle = Cycle(drafted=drafted, accepted=accepted, verify_seconds=1.2 + start, **costs)
+            alone, missed = True, 0
+        else:
+            cycle = Cycle(drafted=0, accepted=0, verify_seconds=1 + start * alone)
+            alone, missed = length.idle == 1, missed + 1
+        length.observe(cycle)
+        lost += cycle.seconds - 1 - cycle.accepted
+    assert lost <= 0.03 * 1500
