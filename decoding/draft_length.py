@@ -15,6 +15,7 @@ from itertools import pairwise
 from statistics import median
 
 from draftnorm.decoding.statistics import Cycle
+from draftnorm.model.decode_step import ROWS, RUN_AHEAD
 
 MAX_DRAFT_LENGTH = 15  # with the last committed token, sixteen rows: one tile
 
@@ -59,7 +60,6 @@ class AutoDraftLength:
     SHARE = 0.018  # of the time, that they may lose beyond; the promise is 3 % in all
     LONGEST_RUN = 128  # of plain cycles: by then old measurements have expired
     FOR_GOOD = 1 << 20  # plain cycles, more than a text has
-    BLOCK = 16  # tokens that a drafter catches up with at a time
     PATIENCE = 4.0  # plain steps lost by asking in vain until drafting no longer seems to pay
     FIRST_RUN = 48  # plain cycles before a text is asked whether it repeats itself
 
@@ -82,11 +82,12 @@ class AutoDraftLength:
         """Nothing to verify, as `seconds` of asking showed. Where a lone step is dear, the next run
         begins instead of a probe; while drafting pays, once the drafter has fallen silent.
         """
-        lost = self._start() + seconds / self._cost.plain_seconds
+        start = self._start()
+        lost = start + seconds / self._cost.plain_seconds
         self._in_vain += lost
-        if self._in_vain > self.PATIENCE if self._pays else self._start() >= self.SLOW:
+        if self._in_vain > self.PATIENCE if self._pays else start >= self.SLOW:
             self._lost += lost
-            self.idle = self._until(0.0)
+            self.idle = self._until_lost(0.0, start)
 
     def observe(self, cycle: Cycle) -> None:
         plain, paid = self.idle > 0, False
@@ -96,7 +97,7 @@ class AutoDraftLength:
             self._missed += 1
             self._lost = max(0.0, self._lost - self.SHARE)
             if self._cost.cycles == 2 and self._start() < self.SLOW:
-                self.idle = min(self.idle, 2)  # no reason to wait, but two are under way
+                self.idle = min(self.idle, RUN_AHEAD)  # no reason to wait, but they are under way
         else:
             if not self._pays:
                 paid = self._charge(cycle)
@@ -123,7 +124,7 @@ class AutoDraftLength:
         if self._start() < self.SLOW:
             wait, failed = self.LONGEST_RUN, not probe.accepted
         else:
-            wait, failed = (self._missed // self.BLOCK + 1) * self.BLOCK, not paid
+            wait, failed = (self._missed // ROWS + 1) * ROWS, not paid  # ROWS at a time
         if failed and probe.catch_up_seconds > self.SHARE * wait * plain:
             self._lost = math.inf
         return paid
@@ -135,7 +136,7 @@ class AutoDraftLength:
         if self._lost - credit < self.SHARE:
             return 0
         self._lost += start
-        return self._until(credit)
+        return self._until_lost(credit, start)
 
     def _start(self) -> float:
         """Plain steps that a run's beginning costs, no more than one of LONGEST_RUN makes good: a
@@ -144,10 +145,13 @@ class AutoDraftLength:
         start = self._cost.verify_seconds()[0] / self._cost.plain_seconds - 1
         return min(max(start, 0.0), self.SHARE * self.LONGEST_RUN)
 
-    def _until(self, lost: float) -> int:
-        # Where a start is dear one long run is better than several, each with a start to make good.
-        longest = self.LONGEST_RUN if self._start() < self.SLOW else self.FOR_GOOD
-        return int(min((self._lost - lost) / self.SHARE, longest))
+    def _until_lost(self, credit: float, start: float) -> int:
+        """Plain cycles until no more than `credit` is lost, in a run whose beginning costs `start`.
+
+        Where that is dear one long run is better than several, each with a start to make good.
+        """
+        longest = self.LONGEST_RUN if start < self.SLOW else self.FOR_GOOD
+        return int(min((self._lost - credit) / self.SHARE, longest))
 
     def _choose(self) -> None:
         """The best length to draft, and whether it pays."""

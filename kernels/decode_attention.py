@@ -7,17 +7,17 @@ all programs then find a place at once, else 16, which are the same instructions
 A split is 128 keys at an absolute multiple, from position 1,024 on 512: many short ones where a
 step is short, few parts to join where it is long. A program walks over a share of neighbouring ones
 for one tile, of as many keys as the next program's where contexts are long, and leaves a part of
-each; each of its warps has a slab of every block of keys and a running softmax
-of its own. Keys and values go from their loads to the matrix instruction in registers
-(operands.py), those of the first blocks before the wait. A block's registers are loaded again as
-soon as it is done, and travel as words: of 16-bit numbers that live from one turn of a loop to the
-next the compiler makes pairs anew, at the end of a turn, where it waits for their loads. Slabs,
-then the splits of an aligned group of 8, then groups are joined in a fixed order, and what a row
-does not see adds exact zeros. So its bits depend on its own position, keys and window alone: not on
-the rows beside it, not on how many splits the grid has room for. The last program of a group to
-finish joins it. Up to 256 positions nothing goes by way of memory: of two splits one program of
-twice the warps, half of them for each, takes both at once and joins them in registers, in the same
-order (tiles of 8 rows, K up to 128).
+each; each of its warps has a slab of every block of keys and a running softmax of its own. Keys and
+values go from their loads to the matrix instruction in registers (operands.py), those of the first
+blocks before the wait. A block's registers are loaded again as soon as it is done, and travel as
+words: of 16-bit numbers that live from one turn of a loop to the next the compiler makes pairs
+anew, at the end of a turn, where it waits for their loads. Slabs, then the splits of an aligned
+group of 8, then groups are joined in a fixed order (attention_parts.py), and what a row does not
+see adds exact zeros. So its bits depend on its own position, keys and window alone: not on the rows
+beside it, not on how many splits the grid has room for. The last program of a group to finish joins
+it. Up to 256 positions nothing goes by way of memory: of two splits one program of twice the warps,
+half of them for each, takes both at once and joins them in registers, in the same order (tiles of 8
+rows, K up to 128).
 
 A row at position p sees keys max(0, p - window + 1) … p; the new rows' keys are in the cache
 already. Position p lives in slot p or, in a tree, where `path_slots` [B, path length] says: the

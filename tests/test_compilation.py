@@ -75,7 +75,7 @@ def test_after_compiling_ahead_no_step_compiles(config, sampling: bool, gpu, mon
 
     def work() -> None:
         shapes = ((1, True), (2, True), (1, False), (16, False))
-        for (T, plain), tier in itertools.product(shapes, (2, 8)):
+        for (T, plain), tier in itertools.product(shapes, (1, 2, 8)):
             step.launch(T, tier, plain=plain)
 
     count = compile_kernels(work, lambda *progress: heard.append(progress))
@@ -84,7 +84,7 @@ def test_after_compiling_ahead_no_step_compiles(config, sampling: bool, gpu, mon
     late: list[str] = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: late.append(repr))
     steps = [(1, True), (2, True), *((T, False) for T in range(1, 17))]
-    for (T, plain), tier in itertools.product(steps, (2, 4, 8)):
+    for (T, plain), tier in itertools.product(steps, (1, 2, 4, 8)):
         step.launch(T, tier, plain=plain)
     assert late == []
     assert gpu.launches > 2 * len(steps) * 5

@@ -138,6 +138,9 @@ def test_one_kernel_for_each_layer_shape(config: dict, launches: list[Launch]) -
         if launch.kernel.__name__ == "_decode_attention_kernel"
     }
     assert attention == {(8, 1, True), (8, 2, True), (8, 1, False), (16, 1, False)}
+    # Four of up to 8 rows, and of more rows all that SMALL takes with its three groups of heads;
+    # LARGE has too many programs for eight rows of many splits there.
+    assert len(set(compiled.values())) == (8 if config is SMALL else 7)
     for tier in (1, 2):
         assert compiled[1, tier] == compiled[8, tier] != compiled[9, tier]
     assert compiled[1, 8] == compiled[2, 128] == compiled[3, 8]
@@ -213,6 +216,18 @@ def test_operands_reach_the_matrix_instruction_in_registers(
             assert not re.search(r"\bbar\.|\b(st|ld)\.shared|matrix", loop)
             seen.append("attention")
     assert seen == ["rotary", "attention", "residual", "gated", "residual", "argmax"]
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_so_do_those_of_attention_that_one_program_does(splits: int, launches) -> None:
+    """It has no loop: each stretch of code without a jump to it, up to its last product."""
+    make_step(SMALL).launch(1, splits, plain=False)
+    (launch,) = (x for x in set(launches) if x.kernel.__name__ == "_decode_attention_kernel")
+    stretches = [x for x in re.split(r"^\$L__BB\w+:", launch.ptx(), flags=re.M) if "mma.sync" in x]
+    assert stretches
+    for stretch in stretches:
+        before = stretch[: stretch.rindex("mma.sync")]
+        assert not re.search(r"\bbar\.|\b(st|ld)\.shared|matrix", before)
 
 
 @pytest.mark.parametrize("config", [SMALL, MEDIUM, LARGE], ids=["small", "medium", "large"])

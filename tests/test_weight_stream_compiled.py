@@ -188,13 +188,20 @@ def beside_attention(
     return attention, set(streamed(launches))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4])  # two are one program's, of eight warps
-@pytest.mark.parametrize("name", CONFIGS)
+WIDE = pytest.mark.xfail(strict=True, reason="two splits of 128 numbers a head fill half a file")
+BESIDE = [(name, splits) for name in CONFIGS for splits in (1, 2, 4)]  # two are one program's
+
+
+@pytest.mark.parametrize(
+    "name,splits",
+    [
+        pytest.param(name, splits, marks=[WIDE] if splits == 2 and name != "1B" else [])
+        for name, splits in BESIDE
+    ],
+)
 def test_attention_of_one_row_finds_registers_beside_it(
     name: str, splits: int, launches, tmp_path: Path
 ) -> None:
-    if splits == 2 and CONFIGS[name]["head_size"] == 128:
-        pytest.skip("no shared memory either")
     attention, kernels = beside_attention(name, splits, launches)
     registers, _ = usage(attention, tmp_path)
     registers = -(-registers // 8) * 8 * 32 * attention.warps  # given out by eights
@@ -203,12 +210,14 @@ def test_attention_of_one_row_finds_registers_beside_it(
         assert warps * 32 * REGISTERS + registers <= REGISTER_FILE
 
 
-OVER = pytest.mark.xfail(strict=True, reason="324 bytes too many of 3B, 2,372 of 8B")
+OVER = pytest.mark.xfail(
+    strict=True, reason="324 bytes too many of 3B, 2,372 of 8B, 8 KB more of two splits at once"
+)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4])
 @pytest.mark.parametrize(
-    "name", ["1B", pytest.param("3B", marks=OVER), pytest.param("8B", marks=OVER)]
+    "name,splits",
+    [pytest.param(name, splits, marks=[OVER] if name != "1B" else []) for name, splits in BESIDE],
 )
 def test_attention_of_one_row_finds_shared_memory_beside_it(
     name: str, splits: int, launches
