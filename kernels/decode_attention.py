@@ -4,10 +4,11 @@ Legend: B sequences (or tree paths), T rows of each, M = B·T rows, H query head
 K head size, S cache slots, R rows of a tile, rows of one sequence × the heads of one group: 8 where
 all programs then find a place at once, else 16, which are the same instructions twice.
 
-A split is 128 keys at an absolute multiple, from position 1,024 on 512: many short ones where a
-step is short, few parts to join where it is long. A program walks over a share of neighbouring ones
-for one tile, of as many keys as the next program's where contexts are long, and leaves a part of
-each; each of its warps has a slab of every block of keys and a running softmax of its own. Keys and
+Splits begin at absolute positions and grow with them, from 128 keys to 1,024 (`TIERS`): where a
+step is short, many short ones are done soonest; where it is long, one that ends within a program
+costs a join, while which the memory idles. A program walks over a share of neighbouring ones for
+one tile, of as many keys as the next program's where contexts are long, and leaves a part of each;
+each of its warps has a slab of every block of keys and a running softmax of its own. Keys and
 values go from their loads to the matrix instruction in registers (operands.py), those of the first
 blocks before the wait. A block's registers are loaded again as soon as it is done, and travel as
 words: of 16-bit numbers that live from one turn of a loop to the next the compiler makes pairs
@@ -27,6 +28,7 @@ branch a row is on.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import triton
@@ -46,42 +48,65 @@ from draftnorm.kernels.attention_parts import (
 from draftnorm.kernels.operands import arrive, eights, turned
 
 ROWS = 16
-FINE = 1024
-SPLIT, LONG_SPLIT = 128, 512  # keys of a split that begins before position FINE, and from it on
-GROUP_SPLITS = FINE // SPLIT  # splits joined at a time: the short ones are a group
-MOST_WALK = GROUP_SPLITS * LONG_SPLIT // SPLIT  # of one program: as many keys as a group's
+TIERS = ((0, 128), (1024, 256), (5120, 512), (9216, 1024))  # a position, keys of a split from there
+SPLIT = TIERS[0][1]
+GROUP_SPLITS = 8  # splits joined at a time: each tier but the last has whole groups of them
+MOST_SPLITS = GROUP_SPLITS  # of one program
 BLOCK_S, SLABS = 64, 4  # keys of a block; its slabs, one a warp
 PROGRAMS = 272  # that find a place at once, about: two a multiprocessor, and small ones soon end
 NARROW_PROGRAMS = 272  # up to which tiles have 8 rows
+
+
+def count_splits(length: int) -> int:
+    """Splits that the first `length` positions lie in."""
+    tiers = pairwise((*TIERS, (length, 0)))
+    return sum(-(-max(min(length, end) - first, 0) // keys) for (first, keys), (end, _) in tiers)
+
+
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 _GROUP_SPLITS: tl.constexpr = tl.constexpr(GROUP_SPLITS)
+_MOST_DOUBLINGS: tl.constexpr = tl.constexpr(MOST_SPLITS.bit_length() - 1)
 _SPLIT: tl.constexpr = tl.constexpr(SPLIT)
-_LONG_SPLIT: tl.constexpr = tl.constexpr(LONG_SPLIT)
-_FINE: tl.constexpr = tl.constexpr(FINE)
+# Of each tier its first position, its first split and the logarithm of a split's keys.
+_TIERS: tl.constexpr = tl.constexpr(
+    tuple((first, count_splits(first), keys.bit_length() - 1) for first, keys in TIERS)
+)
+_COUNT: tl.constexpr = tl.constexpr(len(TIERS))
 
 
 @triton.jit
 def _split_of(key):
-    """The split that a position is in."""
-    return tl.where(key < _FINE, key // _SPLIT, _FINE // _SPLIT + (key - _FINE) // _LONG_SPLIT)
+    """The split that a position is in: by the tier that counts fewest, as splits only grow."""
+    split = key >> _TIERS[0][2]
+    for i in tl.static_range(1, _COUNT):
+        split = tl.minimum(split, _TIERS[i][1] + ((key - _TIERS[i][0]) >> _TIERS[i][2]))
+    return split
 
 
 @triton.jit
 def _first_of(split):
     """The position at which a split begins."""
-    beyond = split - _FINE // _SPLIT
-    return tl.where(beyond < 0, split * _SPLIT, _FINE + beyond * _LONG_SPLIT)
+    key = split << _TIERS[0][2]
+    for i in tl.static_range(1, _COUNT):
+        key = tl.maximum(key, _TIERS[i][0] + ((split - _TIERS[i][1]) << _TIERS[i][2]))
+    return key
 
 
 @triton.jit
-def _share_begins(program, walk):
-    """The first split of a program: a share is `walk` short splits or as many keys of long ones.
+def _share_begins(program, doublings):
+    """The first split of a program: a share is 2^doublings of the shortest or as many keys.
 
-    None has splits of two groups: the short ones are a group, so shares begin anew behind them.
+    That is one split at least and no more than a group, and tiers have whole groups: so no share
+    has splits of two groups.
     """
-    short = (walk + (_GROUP_SPLITS - 1)) // walk  # programs of short ones
-    beyond = (program - short) * tl.maximum(walk * _SPLIT // _LONG_SPLIT, 1)
-    return tl.where(program < short, program * walk, _GROUP_SPLITS + beyond)
+    each = tl.minimum(doublings, _MOST_DOUBLINGS)
+    split, programs = program << each, 0
+    for i in tl.static_range(1, _COUNT):
+        programs += (_TIERS[i][1] - _TIERS[i - 1][1]) >> each
+        each = doublings - (_TIERS[i][2] - _TIERS[0][2])
+        each = tl.minimum(tl.maximum(each, 0), _MOST_DOUBLINGS)
+        split = tl.minimum(split, _TIERS[i][1] + ((program - programs) << each))
+    return split
 
 
 @triton.jit
@@ -100,7 +125,9 @@ def _queries(
 
 
 @triton.jit
-def _load_lines(ptr, s, last, live, dim, path, K: tl.constexpr, DIM_OK: tl.constexpr):
+def _load_lines(
+    ptr, s, last, live, dim, path, K: tl.constexpr, DIM_OK: tl.constexpr, POLICY: tl.constexpr
+):
     """Keys or values at positions s, the last one's at those past it; anything if not live."""
     s, dim = turned(tl.maximum(tl.minimum(s, last), 0)), turned(dim)
     slots_ptr, start_ptr, length, b = path
@@ -110,16 +137,18 @@ def _load_lines(ptr, s, last, live, dim, path, K: tl.constexpr, DIM_OK: tl.const
         slot = tl.load(slots_ptr + b * length + step, mask=on_path & live, other=0)
         s = tl.where(step >= 0, slot, s)
     if DIM_OK:
-        return turned(tl.load(ptr + (s * K + dim), mask=live))
+        return turned(tl.load(ptr + (s * K + dim), mask=live, eviction_policy=POLICY))
     return turned(tl.load(ptr + (s * K + dim), mask=live & (dim < K), other=0))
 
 
 @triton.jit
-def _load_block(start, last, live, places, K: tl.constexpr, FULL: tl.constexpr):
+def _load_block(
+    start, last, live, places, K: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr
+):
     """The block of keys and values that begins at a position, as words of two numbers."""
     key_ptr, value_ptr, s_K, dim_K, s_V, dim_V, path = places
-    k = _load_lines(key_ptr, start + s_K, last, live, dim_K, path, K // 2, FULL)
-    return k, _load_lines(value_ptr, start + s_V, last, live, dim_V, path, K // 2, FULL)
+    k = _load_lines(key_ptr, start + s_K, last, live, dim_K, path, K // 2, FULL, POLICY)
+    return k, _load_lines(value_ptr, start + s_V, last, live, dim_V, path, K // 2, FULL, POLICY)
 
 
 @triton.jit
@@ -188,15 +217,16 @@ def _attend(
 
 
 @triton.jit(
-    do_not_specialize=["T", "S", "sequence_lines", "path_length", "scale", "splits", "walk"]
+    do_not_specialize=["T", "S", "sequence_lines", "path_length", "scale", "splits", "doublings"]
 )
 def _decode_attention_kernel(
     out_ptr, q_ptr, key_ptr, value_ptr, position_ptr, T, S, sequence_lines, scale,
-    splits, walk, path_slots_ptr, path_start_ptr, path_length,
+    splits, doublings, path_slots_ptr, path_start_ptr, path_length,
     acc_ptr, extremes_ptr, ticket_ptr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, L: tl.constexpr, ABREAST: tl.constexpr,
-    ALONE: tl.constexpr, BUFFERS: tl.constexpr, EAGER: tl.constexpr, PDL: tl.constexpr,
+    ALONE: tl.constexpr, BUFFERS: tl.constexpr, ONCE: tl.constexpr,
+    EAGER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL and EAGER:
         gdc_launch_dependents()
@@ -224,8 +254,8 @@ def _decode_attention_kernel(
         first_seen = tl.min(tl.where(row_ok, position_R, last_key)) - WINDOW + 1
         first_split = _split_of(tl.maximum(first_seen, 0))
     # This program walks over some splits, and its loads run ahead across their borders.
-    first = tl.maximum(_share_begins(tl.program_id(2), walk), first_split)
-    last = tl.minimum(_share_begins(tl.program_id(2) + 1, walk) - 1, last_split)
+    first = tl.maximum(_share_begins(tl.program_id(2), doublings), first_split)
+    last = tl.minimum(_share_begins(tl.program_id(2) + 1, doublings) - 1, last_split)
     first_key = _first_of(first)
     newest = tl.minimum(_first_of(last + 1) - 1, last_key)
 
@@ -249,6 +279,7 @@ def _decode_attention_kernel(
     dim_V = (tl.arange(0, D) * 32)[None, None, None, None, :, None]
     dim_V += (tl.arange(0, 8)[:, None] * 4 + tl.arange(0, 4)[None, :])[None, :, None, None, None, :]
     FULL: tl.constexpr = K == BLOCK_D
+    POLICY: tl.constexpr = "evict_first" if ONCE else ""
     dtype: tl.constexpr = value_ptr.dtype.element_ty
     word: tl.constexpr = tl.int32 if dtype.primitive_bitwidth == 16 else tl.int64
     key_ptr = key_ptr.to(tl.pointer_type(word), bitcast=True)
@@ -258,9 +289,9 @@ def _decode_attention_kernel(
     old = tl.minimum(newest, begin - 1)
     second = first_key + BLOCK_S
     beside: tl.constexpr = (ABREAST - 1) * _SPLIT  # how far on a block's last keys are
-    k0, v0 = _load_block(first_key, old, first_key <= old, places, K, FULL)
+    k0, v0 = _load_block(first_key, old, first_key <= old, places, K, FULL, POLICY)
     if BUFFERS == 2:
-        k1, v1 = _load_block(second, old, second <= old, places, K, FULL)
+        k1, v1 = _load_block(second, old, second <= old, places, K, FULL, POLICY)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -271,11 +302,11 @@ def _decode_attention_kernel(
     place_Q = tl.broadcast_to(line_Q * K + dim_K, [8, L, C, _ROWS // 8, 32])
     q = turned(tl.load(q_ptr + turned(place_Q), mask=turned(ok_Q & (dim_K < K)), other=0.0))
     if (begin <= newest) & (begin < second + beside):  # some keys of the block are new
-        k0, v0 = _load_block(first_key, newest, True, places, K, FULL)
+        k0, v0 = _load_block(first_key, newest, True, places, K, FULL, POLICY)
     if BUFFERS == 2:
         third = second + BLOCK_S
         if (begin <= newest) & (begin < third + beside):
-            k1, v1 = _load_block(second, newest, second <= newest, places, K, FULL)
+            k1, v1 = _load_block(second, newest, second <= newest, places, K, FULL, POLICY)
 
     q_LQK = _wide(q, _ROWS, C, L)
     s_LN = slab_L[:, None] + tl.arange(0, N)[None, :]
@@ -299,7 +330,7 @@ def _decode_attention_kernel(
             )  # fmt: skip
             ahead = start + BUFFERS * BLOCK_S
             if ABREAST == 1:
-                k0, v0 = _load_block(ahead, newest, ahead <= newest, places, K, FULL)
+                k0, v0 = _load_block(ahead, newest, ahead <= newest, places, K, FULL, POLICY)
             if BUFFERS == 2:
                 if start + BLOCK_S < end:
                     even_LDR, odd_LDR, max_LR, sum_LR4 = _attend(
@@ -308,7 +339,7 @@ def _decode_attention_kernel(
                     )  # fmt: skip
                 if ABREAST == 1:
                     ahead += BLOCK_S
-                    k1, v1 = _load_block(ahead, newest, ahead <= newest, places, K, FULL)
+                    k1, v1 = _load_block(ahead, newest, ahead <= newest, places, K, FULL, POLICY)
         if ABREAST == 2:
             acc_RDE, sum_R = join_pair(even_LDR, odd_LDR, max_LR, scale, sum_LR4, L, R, BLOCK_D)
             store_out(out_ptr, acc_RDE, sum_R, mask)
@@ -356,11 +387,6 @@ class AttentionWorkspace:
     tickets: Tensor
 
 
-def count_splits(length: int) -> int:
-    """Splits that the first `length` positions lie in."""
-    return -(-min(length, FINE) // SPLIT) - (min(FINE - length, 0) // LONG_SPLIT)
-
-
 def workspace_sizes(
     sequences: int, rows: int, H: int, G: int, K: int, splits: int
 ) -> tuple[int, int, int]:
@@ -379,9 +405,12 @@ def _tiles(sequences: int, rows: int, H: int, G: int, R: int) -> tuple[int, int]
 
 def _shares(splits: int, walk: int) -> int:
     """Programs of one tile, as `_share_begins` deals out the splits."""
-    long = max(walk * SPLIT // LONG_SPLIT, 1)
-    short = triton.cdiv(min(splits, GROUP_SPLITS), walk)
-    return short + triton.cdiv(max(splits - GROUP_SPLITS, 0), long)
+    begins = pairwise([*(count_splits(first) for first, _ in TIERS), splits])
+    programs = 0
+    for (_, keys), (begin, end) in zip(TIERS, begins, strict=True):
+        each = min(max(walk * SPLIT // keys, 1), MOST_SPLITS)
+        programs += triton.cdiv(max(min(splits, end) - begin, 0), each)
+    return programs
 
 
 def decode_attention(
@@ -405,16 +434,18 @@ def decode_attention(
     BLOCK_D = max(triton.next_power_of_2(K), 64)
     buffers = 2 if BLOCK_D <= 128 else 1  # blocks on their way, as registers allow
     abreast = 2 if splits == 2 and R == 8 and buffers == 2 else 1  # splits at once
-    walk = abreast
-    while walk < MOST_WALK and math.prod(tiles) * _shares(splits, walk) > PROGRAMS:
+    walk, most_walk = abreast, MOST_SPLITS * TIERS[-1][1] // SPLIT
+    while walk < most_walk and math.prod(tiles) * _shares(splits, walk) > PROGRAMS:
         walk *= 2
+    once = R == 8 and splits > 2  # evict first: other kernels have no register for that
     _decode_attention_kernel[(*tiles, _shares(splits, walk))](
         out_MHK, q_MHK, keys, values, positions_M, rows, S,
         0 if path_start is not None else G * S, K**-0.5 * math.log2(math.e),
-        splits, walk, path_slots, path_start, path_slots.shape[1] if path_slots is not None else 0,
+        splits, walk.bit_length() - 1, path_slots, path_start,
+        path_slots.shape[1] if path_slots is not None else 0,
         workspace.acc, workspace.extremes, workspace.tickets,
         H, G, K, R, window or 0, BLOCK_D, BLOCK_S, SLABS * abreast, abreast, splits <= abreast,
-        buffers, eager, num_warps=SLABS * abreast, **pdl,
+        buffers, once, eager, num_warps=SLABS * abreast, **pdl,
     )  # fmt: skip
 
 

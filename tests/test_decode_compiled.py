@@ -5,8 +5,10 @@ kernels, argument types and constants are exactly those of a real step.
 """
 
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +183,18 @@ def test_nothing_mutable_is_touched_before_the_wait(config: dict, launches: list
     assert early > 0
 
 
+def usage(kernel, directory: Path) -> tuple[int, int]:
+    """Registers of a thread as compiled, and bytes of its stack."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton has no cuobjdump")
+    cubin = directory / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    command = [str(tool), "-res-usage", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
 def innermost_loop(ptx: str) -> str:
     """The smallest stretch from a label to the last jump back to it that has a product in it."""
     loops = []
@@ -216,6 +230,18 @@ def test_operands_reach_the_matrix_instruction_in_registers(
             assert not re.search(r"\bbar\.|\b(st|ld)\.shared|matrix", loop)
             seen.append("attention")
     assert seen == ["rotary", "attention", "residual", "gated", "residual", "argmax"]
+
+
+@pytest.mark.parametrize("config", [SMALL, MEDIUM, LARGE], ids=["small", "medium", "large"])
+def test_attention_keeps_its_sums_in_registers(config, launches, tmp_path: Path) -> None:
+    """All of them in tiles of 8 rows; in those of 16 rows of 128 numbers eight words are spilt."""
+    step = make_step(config)
+    for rows, splits in ((1, 1), (1, 2), (1, 8), (16, 128)):
+        launches.clear()
+        step.attend(0, rows, splits)
+        (launch,) = launches
+        _, stack = usage(launch.compiled(90), tmp_path)
+        assert stack <= (32 if config is LARGE and rows == 16 else 0)
 
 
 @pytest.mark.parametrize("splits", [1, 2])

@@ -8,7 +8,6 @@ kernels, here on a device that says it is Hopper.
 import functools
 import gc
 import re
-import subprocess
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton
-from test_decode_compiled import KERNELS, MEDIUM, Launch, Recorder
+from test_decode_compiled import KERNELS, MEDIUM, Launch, Recorder, usage
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -121,18 +119,6 @@ def compiled(launch: Launch):
     return launch.compiled(90)
 
 
-def usage(launch: Launch, directory: Path) -> tuple[int, int]:
-    """Registers of a thread as compiled, and bytes of its stack."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        pytest.skip("this Triton has no cuobjdump")
-    cubin = directory / "kernel.cubin"
-    cubin.write_bytes(compiled(launch).asm["cubin"])
-    command = [str(tool), "-res-usage", str(cubin)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
-
-
 def every_kernel(name: str, launches: list[Launch]) -> list[StreamLaunch]:
     """All that a step of this model launches, on any rung, of few rows or many."""
     found: dict[StreamLaunch, None] = {}
@@ -170,7 +156,7 @@ def test_every_kernel_fits_a_multiprocessor(name: str, launches, tmp_path: Path)
     assert len(kernels) == 12
     for launch in kernels:
         assert compiled(launch).metadata.shared <= SHARED_MEMORY
-        registers, stack = usage(launch, tmp_path)
+        registers, stack = usage(compiled(launch), tmp_path)
         assert registers <= REGISTERS
         assert stack <= 40, launch.constants
     # Two must not fit: all of one are resident before any of the next begins.
@@ -203,7 +189,7 @@ def test_attention_of_one_row_finds_registers_beside_it(
     name: str, splits: int, launches, tmp_path: Path
 ) -> None:
     attention, kernels = beside_attention(name, splits, launches)
-    registers, _ = usage(attention, tmp_path)
+    registers, _ = usage(compiled(attention), tmp_path)
     registers = -(-registers // 8) * 8 * 32 * attention.warps  # given out by eights
     for launch in kernels:
         warps = compiled(launch).metadata.num_warps

@@ -64,16 +64,32 @@ def test_matches_float64_at_split_borders(start: int, window: int | None) -> Non
     assert_matches_float64(out, q, keys, values, [start], T, window)
 
 
+@triton.jit
+def _places_kernel(first_ptr, of_first_ptr, of_last_ptr, place_ptr):
+    """Where split i begins; of a border, and of the position before it, the split."""
+    i = tl.program_id(0)
+    place = tl.load(place_ptr + i)
+    tl.store(first_ptr + i, decode_attention_module._first_of(i))
+    tl.store(of_first_ptr + i, decode_attention_module._split_of(place))
+    tl.store(of_last_ptr + i, decode_attention_module._split_of(tl.maximum(place - 1, 0)))
+
+
 def test_splits_are_counted_as_the_kernel_cuts_them() -> None:
-    assert [count_splits(n) for n in (1, 128, 129, 1024, 1025, 1536, 1537)] == [
-        1,
-        1,
-        2,
-        8,
-        9,
-        9,
-        10,
-    ]
+    """Borders of splits one by one; every tier but the last has whole groups of them."""
+    borders, tiers = [0], decode_attention_module.TIERS
+    while len(borders) <= 50:
+        borders.append(borders[-1] + [keys for first, keys in tiers if first <= borders[-1]][-1])
+    for (first, keys), (end, longer) in pairwise(tiers):
+        assert keys < longer and (end - first) % (8 * keys) == 0
+    for split, (begin, end) in enumerate(pairwise(borders)):
+        assert count_splits(begin) == split
+        assert {count_splits(n) for n in (begin + 1, begin + 77, end)} == {split + 1}
+    places = torch.tensor(borders, dtype=torch.int32)
+    firsts, of_first, of_last = torch.full((3, len(borders)), -7, dtype=torch.int32)
+    _places_kernel[(len(borders),)](firsts, of_first, of_last, places)
+    assert firsts.tolist() == borders
+    assert of_first.tolist() == list(range(len(borders)))
+    assert of_last.tolist()[1:] == list(range(len(borders) - 1))
 
 
 # Above 128 numbers a head one block is on its way, not two.
@@ -125,14 +141,14 @@ def test_two_splits_at_once_are_joined_as_in_memory(T: int, start: int, window: 
 
 
 def test_more_splits_than_a_group_joins() -> None:
-    H, G, K, S = 2, 1, 16, 2248  # 8 splits of 128 keys and 3 of 512
+    H, G, K, S = 2, 1, 16, 2248  # 8 splits of 128 keys and 5 of 256
     keys, values = cache(1, G, S, K)
     q = random(1, H, K)
     out = attend(q, keys, values, [S - 1], 1, count_splits(S))
     assert_matches_float64(out, q, keys, values, [S - 1], 1)
 
 
-@pytest.mark.parametrize("S", [700, 2248, 6200])  # one group of splits, two, three
+@pytest.mark.parametrize("S", [700, 2248, 9800])  # one group of splits, two, five
 @pytest.mark.parametrize("window", [None, 450, 1500, 5000])  # which begin in the middle of a share
 def test_how_many_splits_a_program_walks_over_is_nothing_to_the_bits(
     window: int | None, S: int, monkeypatch: pytest.MonkeyPatch
@@ -141,7 +157,7 @@ def test_how_many_splits_a_program_walks_over_is_nothing_to_the_bits(
     keys, values = cache(1, G, S, K)
     q = random(1, H, K)
     outs = []
-    for programs in (splits, -(-splits // 2), -(-S // 2048), 1):  # walks of 1 to 32 among them
+    for programs in (splits, -(-splits // 2), -(-S // 2048), 1):  # walks of 1 to 64 among them
         monkeypatch.setattr(decode_attention_module, "PROGRAMS", programs)
         outs.append(attend(q, keys, values, [S - 1], 1, splits, window=window))
     assert all(torch.equal(outs[0], out) for out in outs[1:])
@@ -149,24 +165,25 @@ def test_how_many_splits_a_program_walks_over_is_nothing_to_the_bits(
 
 
 @triton.jit
-def _begins_kernel(split_ptr, key_ptr, walk):
-    split = decode_attention_module._share_begins(tl.program_id(0), walk)
+def _begins_kernel(split_ptr, key_ptr, doublings):
+    split = decode_attention_module._share_begins(tl.program_id(0), doublings)
     tl.store(split_ptr + tl.program_id(0), split)
     tl.store(key_ptr + tl.program_id(0), decode_attention_module._first_of(split))
 
 
-@pytest.mark.parametrize("walk", [1, 2, 4, 8, 16, 32])
-def test_shares_cover_the_splits_and_long_ones_are_equal(walk: int) -> None:
-    for splits in (5, 16, 71):
+@pytest.mark.parametrize("walk", [1, 2, 4, 8, 16, 32, 64])
+def test_shares_cover_the_splits_and_are_as_long_as_splits_allow(walk: int) -> None:
+    for splits in (1, 5, 8, 9, 16, 24, 27, 32, 33, 71):
         programs = decode_attention_module._shares(splits, walk)
         begins, keys = torch.empty(2, programs + 1, dtype=torch.int32)
-        _begins_kernel[(programs + 1,)](begins, keys, walk)
+        _begins_kernel[(programs + 1,)](begins, keys, walk.bit_length() - 1)
         begins, keys = begins.tolist(), keys.tolist()
         assert begins[0] == 0 and begins == sorted(set(begins))
         assert begins[-2] < splits <= begins[-1]
-        lengths = {b - a for a, b in pairwise(keys) if a >= 1024}
-        assert lengths <= {max(128 * walk, 512)}
         assert all(a // 8 == (b - 1) // 8 for a, b in pairwise(begins))  # in one group
+        for a, b in pairwise(keys):
+            split = [keys for first, keys in decode_attention_module.TIERS if first <= a][-1]
+            assert b - a == min(max(128 * walk, split), 8 * split)
 
 
 @pytest.mark.parametrize("narrow", [0, decode_attention_module.NARROW_PROGRAMS])
