@@ -290,9 +290,8 @@ class DecodeStep:
         self.inputs.copy_(self.told, non_blocking=True)
 
     def _tier(self, length: int) -> int:
-        """Splits of attention's grid for a context of `length`: a power of two, or all."""
-        splits, most = count_splits(length), count_splits(self.cache.capacity)
-        return min(1 << (splits - 1).bit_length(), most)
+        """Splits of attention's grid up to `length`, to a power of two of positions, or to all."""
+        return count_splits(min(1 << (length - 1).bit_length(), self.cache.capacity))
 
     def _tiers(self, lengths: range) -> list[int]:
         """All tiers that contexts of these lengths need."""
