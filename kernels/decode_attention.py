@@ -2,23 +2,25 @@
 
 Legend: B sequences (or tree paths), T rows of each, M = B·T rows, H query heads, G key/value heads,
 K head size, S cache slots, R rows of a tile, rows of one sequence × the heads of one group: 8 where
-all programs then find a place at once, else 16, which are the same instructions twice.
+programs of 256 keys, or one split, then all find a place at once, else 16, the same instructions
+twice.
 
 Splits begin at absolute positions and grow with them, from 128 keys to 1,024 (`TIERS`): where a
-step is short, many short ones are done soonest; where it is long, one that ends within a program
-costs a join, while which the memory idles. A program walks over a share of neighbouring ones for
-one tile, of as many keys as the next program's where contexts are long, and leaves a part of each;
-each of its warps has a slab of every block of keys and a running softmax of its own. Keys and
-values go from their loads to the matrix instruction in registers (operands.py), those of the first
-blocks before the wait. A block's registers are loaded again as soon as it is done, and travel as
-words: of 16-bit numbers that live from one turn of a loop to the next the compiler makes pairs
-anew, at the end of a turn, where it waits for their loads. Slabs, then the splits of an aligned
-group of 8, then groups are joined in a fixed order (attention_parts.py), and what a row does not
-see adds exact zeros. So its bits depend on its own position, keys and window alone: not on the rows
-beside it, not on how many splits the grid has room for. The last program of a group to finish joins
-it. Up to 256 positions nothing goes by way of memory: of two splits one program of twice the warps,
-half of them for each, takes both at once and joins them in registers, in the same order (tiles of 8
-rows, K up to 128).
+context is short, many short ones are done soonest; where it is long, each costs its program a join,
+while which the memory idles. A program walks over a share of neighbouring ones for one tile, of as
+many keys as the next program's where contexts are long, and leaves a part of each; each of its
+warps has a slab of every block of keys and a running softmax of its own. Where shares are long the
+L2 evicts keys first: before the next step reads them, all weights have passed. Keys and values go
+from their loads to the matrix instruction in registers (operands.py), those of the first blocks
+before the wait. A block's registers are loaded again as soon as it is done, and travel as words: of
+16-bit numbers that live from one turn of a loop to the next the compiler makes pairs anew, at the
+end of a turn, where it waits for their loads. Slabs, then the splits of an aligned group of 8, then
+groups are joined in a fixed order (attention_parts.py), and what a row does not see adds exact
+zeros. So its bits depend on its own position, keys and window alone: not on the rows beside it, not
+on how many splits the grid has room for. The last program of a group to finish joins it. Up to 256
+positions nothing goes by way of memory: of two splits one program of twice the warps, half of them
+for each, takes both at once and joins them in registers, in the same order (tiles of 8 rows, K up
+to 128).
 
 A row at position p sees keys max(0, p - window + 1) … p; the new rows' keys are in the cache
 already. Position p lives in slot p or, in a tree, where `path_slots` [B, path length] says: the
@@ -48,13 +50,14 @@ from draftnorm.kernels.attention_parts import (
 from draftnorm.kernels.operands import arrive, eights, turned
 
 ROWS = 16
-TIERS = ((0, 128), (1024, 256), (5120, 512), (9216, 1024))  # a position, keys of a split from there
+TIERS = ((0, 128), (1024, 256), (5120, 512), (17408, 1024))  # a position, a split's keys from there
 SPLIT = TIERS[0][1]
 GROUP_SPLITS = 8  # splits joined at a time: each tier but the last has whole groups of them
-MOST_SPLITS = GROUP_SPLITS  # of one program
 BLOCK_S, SLABS = 64, 4  # keys of a block; its slabs, one a warp
-PROGRAMS = 272  # that find a place at once, about: two a multiprocessor, and small ones soon end
-NARROW_PROGRAMS = 272  # up to which tiles have 8 rows
+# By rows of a tile, programs that find a place at once, about: two a multiprocessor, and small ones
+# soon end. Of tiles of 16 rows a few more may wait: that costs less than shares twice as long.
+PROGRAMS = {8: 272, 16: 288}
+ONCE_WALK = 8  # a program's share, in splits of SPLIT keys, from which on the L2 evicts keys first
 
 
 def count_splits(length: int) -> int:
@@ -65,7 +68,7 @@ def count_splits(length: int) -> int:
 
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 _GROUP_SPLITS: tl.constexpr = tl.constexpr(GROUP_SPLITS)
-_MOST_DOUBLINGS: tl.constexpr = tl.constexpr(MOST_SPLITS.bit_length() - 1)
+_MOST_DOUBLINGS: tl.constexpr = tl.constexpr(GROUP_SPLITS.bit_length() - 1)
 _SPLIT: tl.constexpr = tl.constexpr(SPLIT)
 # Of each tier its first position, its first split and the logarithm of a split's keys.
 _TIERS: tl.constexpr = tl.constexpr(
@@ -408,7 +411,7 @@ def _shares(splits: int, walk: int) -> int:
     begins = pairwise([*(count_splits(first) for first, _ in TIERS), splits])
     programs = 0
     for (_, keys), (begin, end) in zip(TIERS, begins, strict=True):
-        each = min(max(walk * SPLIT // keys, 1), MOST_SPLITS)
+        each = min(max(walk * SPLIT // keys, 1), GROUP_SPLITS)
         programs += triton.cdiv(max(min(splits, end) - begin, 0), each)
     return programs
 
@@ -429,15 +432,15 @@ def decode_attention(
     _, G, S, _ = keys.shape
     sequences = len(path_start) if path_start is not None else keys.shape[0]
     R, tiles = 8, _tiles(sequences, rows, H, G, 8)
-    if rows * min(H // G, ROWS) > R and math.prod(tiles) * splits > NARROW_PROGRAMS:
+    if rows * min(H // G, ROWS) > R and math.prod(tiles) * _shares(splits, 2) > PROGRAMS[R]:
         R, tiles = ROWS, _tiles(sequences, rows, H, G, ROWS)
     BLOCK_D = max(triton.next_power_of_2(K), 64)
     buffers = 2 if BLOCK_D <= 128 else 1  # blocks on their way, as registers allow
     abreast = 2 if splits == 2 and R == 8 and buffers == 2 else 1  # splits at once
-    walk, most_walk = abreast, MOST_SPLITS * TIERS[-1][1] // SPLIT
-    while walk < most_walk and math.prod(tiles) * _shares(splits, walk) > PROGRAMS:
+    walk, most_walk = abreast, GROUP_SPLITS * TIERS[-1][1] // SPLIT
+    while walk < most_walk and math.prod(tiles) * _shares(splits, walk) > PROGRAMS[R]:
         walk *= 2
-    once = R == 8 and splits > 2  # evict first: other kernels have no register for that
+    once = R == 8 and min(walk, splits) >= ONCE_WALK  # wider tiles have no register for that
     _decode_attention_kernel[(*tiles, _shares(splits, walk))](
         out_MHK, q_MHK, keys, values, positions_M, rows, S,
         0 if path_start is not None else G * S, K**-0.5 * math.log2(math.e),

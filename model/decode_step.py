@@ -290,7 +290,8 @@ class DecodeStep:
         self.inputs.copy_(self.told, non_blocking=True)
 
     def _tier(self, length: int) -> int:
-        """Splits of attention's grid up to `length`, to a power of two of positions, or to all."""
+        """Splits of attention's grid for a context of `length`: up to a power of two, or all."""
+        # Of positions: splits grow, and twice as many would be four times the context, mostly idle.
         return count_splits(min(1 << (length - 1).bit_length(), self.cache.capacity))
 
     def _tiers(self, lengths: range) -> list[int]:

@@ -18,6 +18,7 @@ from triton.runtime import driver
 
 from draftnorm.kernels import decode_norm
 from draftnorm.kernels.compilation import OutOfResources, compile_kernels
+from draftnorm.kernels.decode_attention import count_splits
 from draftnorm.kernels.sample import pack_settings
 from draftnorm.model import decode_step, open_step
 from draftnorm.model.cache import KVCache
@@ -72,10 +73,11 @@ def make_step(config: dict, settings: torch.Tensor | None = None) -> decode_step
 def test_after_compiling_ahead_no_step_compiles(config, sampling: bool, gpu, monkeypatch) -> None:
     settings = pack_settings(temperature=0.8)[None] if sampling else None
     step, heard = make_step(config, settings), []
+    tiers = [count_splits(2**n) for n in range(7, 18)]
 
     def work() -> None:
         shapes = ((1, True), (2, True), (1, False), (16, False))
-        for (T, plain), tier in itertools.product(shapes, (1, 2, 8)):
+        for (T, plain), tier in itertools.product(shapes, (*tiers[:3], tiers[-1])):
             step.launch(T, tier, plain=plain)
 
     count = compile_kernels(work, lambda *progress: heard.append(progress))
@@ -84,7 +86,7 @@ def test_after_compiling_ahead_no_step_compiles(config, sampling: bool, gpu, mon
     late: list[str] = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: late.append(repr))
     steps = [(1, True), (2, True), *((T, False) for T in range(1, 17))]
-    for (T, plain), tier in itertools.product(steps, (1, 2, 4, 8)):
+    for (T, plain), tier in itertools.product(steps, tiers):
         step.launch(T, tier, plain=plain)
     assert late == []
     assert gpu.launches > 2 * len(steps) * 5

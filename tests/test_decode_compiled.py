@@ -131,21 +131,21 @@ def test_one_kernel_for_each_layer_shape(config: dict, launches: list[Launch]) -
             launches.clear()
             step.launch(T, tier, plain=False)
             compiled[T, tier] = frozenset(launches)
-    # A tile of 8 rows or of 16, and in attention one split, two at once or many; nothing else about
-    # the call matters. Both families have three or four heads a group, so one tile of 8 rows
-    # suffices attention up to T = 2.
+    # A tile of 8 rows or of 16, and in attention one split, two at once or many, and of 8 rows long
+    # shares or short ones; nothing else about the call matters. Both families have three or four
+    # heads a group, so one tile of 8 rows suffices attention up to T = 2.
     attention = {
-        tuple(dict(launch.constants)[name] for name in ("R", "ABREAST", "ALONE"))
+        tuple(dict(launch.constants)[name] for name in ("R", "ABREAST", "ALONE", "ONCE"))
         for launch in set().union(*compiled.values())
         if launch.kernel.__name__ == "_decode_attention_kernel"
     }
-    assert attention == {(8, 1, True), (8, 2, True), (8, 1, False), (16, 1, False)}
-    # Four of up to 8 rows, and of more rows all that SMALL takes with its three groups of heads;
-    # LARGE has too many programs for eight rows of many splits there.
-    assert len(set(compiled.values())) == (8 if config is SMALL else 7)
+    one_program = {(8, 1, True, False), (8, 2, True, False)}
+    many = {(8, 1, False, False), (8, 1, False, True), (16, 1, False, False)}
+    assert attention == one_program | many
+    assert len(set(compiled.values())) == 5 + 4  # beyond 8 rows no long shares in tiles of 8
     for tier in (1, 2):
         assert compiled[1, tier] == compiled[8, tier] != compiled[9, tier]
-    assert compiled[1, 8] == compiled[2, 128] == compiled[3, 8]
+    assert compiled[1, 8] == compiled[3, 8] != compiled[1, 128] == compiled[2, 128]
     assert compiled[3, 128] == compiled[8, 128]
     assert compiled[9, 8] != compiled[8, 8] and compiled[9, 128] == compiled[64, 8]
     # embed, qkv, attention, o, gate/up, down, head, choose; normalize, router, route
@@ -234,14 +234,20 @@ def test_operands_reach_the_matrix_instruction_in_registers(
 
 @pytest.mark.parametrize("config", [SMALL, MEDIUM, LARGE], ids=["small", "medium", "large"])
 def test_attention_keeps_its_sums_in_registers(config, launches, tmp_path: Path) -> None:
-    """All of them in tiles of 8 rows; in those of 16 rows of 128 numbers eight words are spilt."""
+    """All of them in tiles of 8 rows; in those of 16 rows of 128 numbers eight words are spilt.
+
+    Of 64 numbers three programs find a place on a multiprocessor, of more two. Long shares, and
+    they alone, tell the L2 to evict first.
+    """
     step = make_step(config)
-    for rows, splits in ((1, 1), (1, 2), (1, 8), (16, 128)):
+    for rows, splits in ((1, 1), (1, 2), (1, 8), (1, 256), (16, 256)):
         launches.clear()
         step.attend(0, rows, splits)
         (launch,) = launches
-        _, stack = usage(launch.compiled(90), tmp_path)
+        registers, stack = usage(launch.compiled(90), tmp_path)
         assert stack <= (32 if config is LARGE and rows == 16 else 0)
+        assert registers <= (255 if config is LARGE else 168)
+        assert ("evict_first" in launch.ptx()) == ((rows, splits) == (1, 256))
 
 
 @pytest.mark.parametrize("splits", [1, 2])
