@@ -1,122 +1,39 @@
-"""Loading and saving: fused names, streaming, and every way a checkpoint can be wrong.
+"""Loading and saving: fused names, streaming, and tensors that do not fit.
 
-The checkpoints here are written from a list of Hugging Face's names by hand, not by our own writer.
-tests/test_parity.py ties the same names to transformers itself.
+The checkpoints here are those of tests/checkpoint_support.py; tests/test_parity.py ties the same
+names to transformers itself, and files that are damaged are in tests/test_checkpoint_files.py.
 """
 
 import json
 import os
-import struct
 import weakref
 
 import pytest
 import torch
+from checkpoint_support import (
+    BIASED,
+    LLAMA,
+    MIXTRAL,
+    QWEN,
+    TIED,
+    D,
+    E,
+    F,
+    H,
+    K,
+    V,
+    hub_tensors,
+    load,
+    refused,
+    write,
+)
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from draftnorm import ModelConfig, load_model, save_model
 from draftnorm.model import checkpoint
 from draftnorm.model.checkpoint import CheckpointError
 from draftnorm.model.checkpoint_names import stored_pieces
-
-D, F, H, G, K, V, E = 16, 24, 4, 2, 6, 40, 3
-LLAMA = dict(
-    model_type="llama",
-    vocab_size=V,
-    hidden_size=D,
-    intermediate_size=F,
-    num_hidden_layers=2,
-    num_attention_heads=H,
-    num_key_value_heads=G,
-    head_dim=K,
-)
-BIASED = LLAMA | dict(attention_bias=True, mlp_bias=True)
-TIED = LLAMA | dict(tie_word_embeddings=True)
-MIXTRAL = LLAMA | dict(model_type="mixtral", num_local_experts=E, num_experts_per_tok=2)
-QWEN = LLAMA | dict(
-    model_type="qwen3_moe",
-    num_experts=E,
-    num_experts_per_tok=2,
-    moe_intermediate_size=F,
-    mlp_only_layers=[1],
-)
-
-
-def hub_tensors(fields, *, packed=False, dtype=torch.float32):
-    """Random tensors under the names of the Hub for this config (packed: transformers 5's)."""
-    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    if not fields.get("tie_word_embeddings"):
-        shapes["lm_head.weight"] = (V, D)
-    for i in range(fields["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (D,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
-        for name, rows in (("q", H * K), ("k", G * K), ("v", G * K)):
-            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (rows, D)
-            if fields.get("attention_bias"):
-                shapes[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (D, H * K)
-        if fields.get("attention_bias"):
-            shapes[f"{layer}.self_attn.o_proj.bias"] = (D,)
-        if fields["model_type"] == "qwen3_moe":
-            shapes[f"{layer}.self_attn.q_norm.weight"] = (K,)
-            shapes[f"{layer}.self_attn.k_norm.weight"] = (K,)
-        if fields["model_type"] == "llama" or i in fields.get("mlp_only_layers", ()):
-            for name, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F))):
-                shapes[f"{layer}.mlp.{name}_proj.weight"] = shape
-                if fields.get("mlp_bias"):
-                    shapes[f"{layer}.mlp.{name}_proj.bias"] = shape[:1]
-            continue
-        if packed:
-            shapes[f"{layer}.mlp.gate.weight"] = (E, D)
-            shapes[f"{layer}.mlp.experts.gate_up_proj"] = (E, 2 * F, D)
-            shapes[f"{layer}.mlp.experts.down_proj"] = (E, D, F)
-            continue
-        mixtral = fields["model_type"] == "mixtral"
-        block = f"{layer}.{'block_sparse_moe' if mixtral else 'mlp'}"
-        gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-        shapes[f"{block}.gate.weight"] = (E, D)
-        for e in range(E):
-            shapes[f"{block}.experts.{e}.{gate}.weight"] = (F, D)
-            shapes[f"{block}.experts.{e}.{up}.weight"] = (F, D)
-            shapes[f"{block}.experts.{e}.{down}.weight"] = (D, F)
-    generator = torch.Generator().manual_seed(1)
-    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
-
-
-def write(directory, fields, tensors, shards=1):
-    """A checkpoint directory; with several shards an index names them."""
-    directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(fields))
-    if shards == 1:
-        save_file(tensors, directory / "model.safetensors")
-        return directory
-    names = list(tensors)
-    weight_map = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        save_file({name: tensors[name] for name in names[i::shards]}, directory / file)
-        weight_map |= dict.fromkeys(names[i::shards], file)
-    write_index(directory, weight_map)
-    return directory
-
-
-def write_index(directory, weight_map):
-    text = json.dumps({"metadata": {}, "weight_map": weight_map})
-    (directory / "model.safetensors.index.json").write_text(text)
-
-
-def load(directory):
-    return load_model(directory, device="cpu")
-
-
-def refused(directory):
-    """The message of the error with which a checkpoint is refused: always one line."""
-    with pytest.raises(CheckpointError) as caught:
-        load(directory)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1 and len(message) < 1500 and message.isprintable()
-    return message
 
 
 @pytest.fixture
@@ -360,162 +277,6 @@ def test_failed_allocation_is_out_of_memory(good, monkeypatch):
 def test_free_memory_is_plausible():
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < checkpoint.free_bytes(torch.device("cpu")) <= physical
-
-
-# ---- files that are no safetensors
-
-
-def header_of(data):
-    return struct.unpack("<Q", data[:8])[0]
-
-
-def with_header(data, header):
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data[8 + header_of(data) :]
-
-
-def wrong_offsets(data, change):
-    header = json.loads(data[8 : 8 + header_of(data)])
-    header["lm_head.weight"]["data_offsets"] = change(*header["lm_head.weight"]["data_offsets"])
-    return with_header(data, header)
-
-
-DAMAGE = {
-    "empty": lambda data: b"",
-    "seven bytes": lambda data: data[:7],
-    "header cut off": lambda data: data[: header_of(data) // 2],
-    "no data": lambda data: data[: 8 + header_of(data)],
-    "one byte short": lambda data: data[:-1],
-    "one byte more": lambda data: data + b"\0",
-    "garbage": lambda data: bytes(range(256)) * 40,
-    "html": lambda data: b"<!DOCTYPE html><html><body>404</body></html>" * 9,
-    "git lfs pointer": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-    "header of 2^63 bytes": lambda data: struct.pack("<Q", 2**63) + data[8:],
-    "header of 2^40 bytes": lambda data: struct.pack("<Q", 2**40) + data[8:],
-    "header is a list": lambda data: with_header(data, []),
-    "header nested deeply": lambda data: struct.pack("<Q", 90_000) + b"[" * 90_000,
-    "unknown dtype": lambda data: data.replace(b'"F32"', b'"X32"'),
-    "offsets past the end": lambda data: wrong_offsets(data, lambda a, b: [a + 2**40, b + 2**40]),
-    "offsets reversed": lambda data: wrong_offsets(data, lambda a, b: [b, a]),
-    "offsets of a neighbour": lambda data: wrong_offsets(data, lambda a, b: [a + 4, b + 4]),
-    "offsets too short": lambda data: wrong_offsets(data, lambda a, b: [a, b - 4]),
-    "offsets negative": lambda data: wrong_offsets(data, lambda a, b: [-4, b]),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_file_is_one_line(good, damage):
-    file = good / "model.safetensors"
-    file.write_bytes(DAMAGE[damage](file.read_bytes()))
-    assert "model.safetensors: cut off or not safetensors" in refused(good)
-
-
-@pytest.mark.parametrize("shape", [[2**62, 2**62], [2**63, V * D], [-1, D]])
-def test_shape_larger_than_its_data(good, shape):
-    file = good / "model.safetensors"
-    data = file.read_bytes()
-    header = json.loads(data[8 : 8 + header_of(data)])
-    header["lm_head.weight"]["shape"] = shape
-    file.write_bytes(with_header(data, header))
-    assert "cut off or not safetensors" in refused(good)
-
-
-def test_empty_tensor_with_a_huge_dimension(good):
-    file = good / "model.safetensors"
-    data = file.read_bytes()
-    header = json.loads(data[8 : 8 + header_of(data)])
-    header["huge"] = dict(dtype="F32", shape=[0, 2**63], data_offsets=[0, 0])
-    file.write_bytes(with_header(data, header))
-    assert "1 unexpected: huge" in refused(good)
-
-
-def test_things_that_are_not_files(good, tmp_path):
-    file = good / "model.safetensors"
-    file.unlink()
-    assert "model.safetensors is missing" in refused(good)
-    file.mkdir()
-    assert "model.safetensors is missing" in refused(good)
-    file.rmdir()
-    os.mkfifo(file)  # opening it would wait for ever
-    assert "model.safetensors is missing" in refused(good)
-    file.unlink()
-    for name, message in (
-        ("model.safetensors.index.json", "not an index"),
-        ("config.json", "no c"),
-    ):
-        (good / name).unlink(missing_ok=True)
-        os.mkfifo(good / name)
-        with pytest.raises(ValueError, match=message):
-            load(good)
-        (good / name).unlink()
-    (good / "config.json").write_text(json.dumps(LLAMA))
-    (good / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    assert "pickled" in refused(good)
-    with pytest.raises(ValueError, match="is not a directory"):
-        load(good / "config.json")
-    with pytest.raises(ValueError, match="is not a directory"):
-        load(tmp_path / "nowhere")
-
-
-# ---- the index
-
-
-def test_index_goes_before_the_single_file_and_nothing_is_globbed(tmp_path):
-    directory = write(tmp_path / "m", LLAMA, hub_tensors(LLAMA), shards=2)
-    (directory / "model.safetensors").write_bytes(b"not read")
-    (directory / "consolidated.safetensors").write_bytes(b"not read")
-    load(directory)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": [1]}}', "[" * 99_999],
-)
-def test_broken_index(good, text):
-    (good / "model.safetensors.index.json").write_text(text)
-    assert "not an index" in refused(good)
-
-
-@pytest.mark.parametrize(
-    "entry", ["../model.safetensors", "/etc/x.safetensors", "", ".", "a/../m.safetensors", "\0", 3]
-)
-def test_index_entries_stay_in_the_directory(good, entry):
-    write_index(good, dict.fromkeys(hub_tensors(LLAMA), entry))
-    assert "leaves the directory" in refused(good)
-
-
-def test_index_entries_stay_in_the_directory_through_links(good, tmp_path):
-    secret = tmp_path / "elsewhere.safetensors"
-    (good / "model.safetensors").rename(secret)
-    (good / "linked.safetensors").symlink_to(secret)
-    write_index(good, dict.fromkeys(hub_tensors(LLAMA), "linked.safetensors"))
-    assert "leaves the directory" in refused(good)
-
-
-def test_links_of_the_hub_cache_are_followed(tmp_path):
-    """models--x/snapshots/REVISION/file -> ../../blobs/HASH is how the Hub's cache looks."""
-    snapshot = tmp_path / "models--x" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    write(snapshot, LLAMA, hub_tensors(LLAMA), shards=2)
-    (tmp_path / "models--x" / "blobs").mkdir()
-    for n, file in enumerate(snapshot.glob("*.safetensors")):
-        file.rename(tmp_path / "models--x" / "blobs" / str(n))
-        file.symlink_to(f"../../blobs/{n}")
-    load(snapshot)
-
-
-def test_index_and_shards_disagree(tmp_path):
-    directory = write(tmp_path / "m", LLAMA, hub_tensors(LLAMA), shards=2)
-    path = directory / "model.safetensors.index.json"
-    weight_map = json.loads(path.read_text())["weight_map"]
-    first, second = sorted(set(weight_map.values()))
-
-    write_index(directory, weight_map | {"lm_head.weight": second, "model.norm.weight": second})
-    assert "is not where the index puts it" in refused(directory)
-    write_index(directory, weight_map | {"model.extra": first})
-    load(directory)  # promised by the index, stored nowhere, needed by nobody
-    (directory / second).unlink()
-    assert f"{second} is missing" in refused(directory)
 
 
 # ---- saving
