@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from draftnorm.decoding.noise import DRAFT, EXACT
-from draftnorm.decoding.sampling import Sampler, checked, warp
+from draftnorm.decoding.sampling import Sampler, warp
 from draftnorm.kernels.compilation import Progress
+from draftnorm.kernels.cycle import Text
 from draftnorm.model.config import ModelConfig
+from draftnorm.model.decode_run import DRAFT_STEPS
 from draftnorm.model.decode_step import ROWS, DecodeStep
 from draftnorm.model.open_step import open_step
 from draftnorm.model.tokenizer import Tokenizer
@@ -59,7 +61,7 @@ class NgramDrafter:
             raise ValueError(
                 f"an n-gram drafter needs 1 <= shortest <= longest: {shortest=} {longest=}"
             )
-        self._lengths = range(longest, shortest - 1, -1)
+        self.lengths = range(shortest, longest + 1)
         self._tokens: list[int] = []
         self._follower: dict[tuple[int, ...], int] = {}  # n-gram -> index of what followed it
 
@@ -87,8 +89,8 @@ class NgramDrafter:
 
     def _suffixes(self) -> list[tuple[int, ...]]:
         """The n-grams that end the text, longest first."""
-        tail = tuple(self._tokens[-self._lengths[0] :])
-        return [tail[-n:] for n in self._lengths if n <= len(tail)]
+        tail = tuple(self._tokens[-self.lengths[-1] :])
+        return [tail[-n:] for n in reversed(self.lengths) if n <= len(tail)]
 
 
 class ModelDrafter:
@@ -96,7 +98,8 @@ class ModelDrafter:
 
     Its first step takes the last two committed tokens: after a full accept the last draft was never
     fed, so two are missing, and otherwise rewriting one position changes nothing. The shape is thus
-    always the same. Past the model's context it proposes nothing.
+    always the same. Past the model's context it proposes nothing. On a GPU `engine` can take the
+    target's `text` and draft by itself (model/decode_run.py).
 
     `stream` is the noise it samples with: EXACT shares the target's, so that the same token tends
     to win both races; DRAFT is independent of it, as the rejection rule requires. Ids from
@@ -114,30 +117,31 @@ class ModelDrafter:
         vocabulary: int,
         capacity: int,
         prompt_length: int = 1,
+        text: Text | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._model, self._sampler, self._stream = model, sampler, stream
         self._context = min(model.config.context, capacity)
         self._cache = model.new_cache(self._context)
-        first = (2, 1)  # rows of the first step, and of every other; ROWS to catch up
         self.engine = open_step(
             model,
             self._cache,
-            blocks=(ROWS, *first) if stream == DRAFT else (ROWS,),
-            stream_blocks=() if stream == DRAFT else first,
-            settings=None if stream == DRAFT else sampler.settings(),
+            blocks=() if text else (ROWS, 2, 1),  # to catch up, the first step, every other
+            run=DRAFT_STEPS if text else (),
+            text=text,
+            settings=sampler.settings() if text else None,
             lengths=range(min(prompt_length, self._context), self._context + 1),
             vocabulary=vocabulary,
             progress=progress,
         )
         self._tokens: list[int] = []  # committed
         self._drafts: list[int] = []  # proposed after them, all but the last one in the cache
-        self._lost = False  # the text has outgrown the context, or has an id that is not ours
+        self.lost = False  # the text has outgrown the context, or has an id that is not ours
 
     def prefill(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
-        self._tokens, self._lost = [], False
+        self._tokens, self.lost = [], False
         self._cache.rollback(0)
-        self._extend(tokens)
+        self.extend(tokens)
         self._feed(self._tokens)
 
     def catch_up(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
@@ -149,13 +153,13 @@ class ModelDrafter:
             )
             kept = min(kept, len(self._tokens) + agreed)
         self._cache.rollback(kept)
-        self._extend(tokens)
+        self.extend(tokens)
         # Something is missing only if cycles went by without drafting. Full blocks, of which the
         # last writes some tokens again: a prompt's pass costs a GPU as much as many of them.
         end = len(self._tokens) - 2
         if not isinstance(self.engine, DecodeStep) or end < ROWS:
             self._feed(self._tokens[kept:end])
-        elif not self._lost:
+        elif not self.lost:
             for i in range(kept, end, ROWS):
                 start = min(i, end - ROWS)
                 self._cache.rollback(start)
@@ -165,13 +169,9 @@ class ModelDrafter:
         # The last draft is not fed, so the positions needed end one before it.
         length = min(length, self._context - len(self._tokens) + 1)
         rows, q_NV = self._tokens[-2:], []
-        if length < 1 or self._lost:
+        if length < 1 or self.lost:
             return [], None
         self._cache.rollback(len(self._tokens) - 2)
-        if self._stream != DRAFT and isinstance(self.engine, DecodeStep):
-            chosen = self.engine.stream(rows, length)
-            self._drafts = [checked(d, len(self._tokens) + i) for i, d in enumerate(chosen)]
-            return list(self._drafts), None
         for position in range(len(self._tokens), len(self._tokens) + length):
             logits_V = self.engine.forward([rows])[0, -1]
             if self._stream == DRAFT:
@@ -184,14 +184,15 @@ class ModelDrafter:
             rows = [token]
         return list(self._drafts), torch.stack(q_NV) if q_NV else None
 
-    def _extend(self, tokens: Sequence[int]) -> None:
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Take committed tokens that the cache has already, or that `engine` will find."""
         self._tokens += tokens
         self._drafts = []
         known = self._model.config.vocab_size  # a padded target may say what a draft cannot read
-        self._lost |= len(self._tokens) > self._context or max(tokens) >= known
+        self.lost |= len(self._tokens) > self._context or max(tokens) >= known
 
     def _feed(self, tokens: Sequence[int]) -> None:
-        if tokens and not self._lost:
+        if tokens and not self.lost:
             self._model.prefill(tokens, self._cache)
 
 

@@ -11,7 +11,7 @@ writes it.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from draftnorm.decoding.request import Request
 from draftnorm.decoding.sampling import checked
 from draftnorm.decoding.statistics import Chunk, Result, SpeculationStatistics
 from draftnorm.decoding.transcript import Transcript
+from draftnorm.model.decode_run import CycleResult, DecodeRun
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.open_step import open_step
 from draftnorm.model.tokenizer import Tokenizer
@@ -46,12 +47,14 @@ class PlainDecoder:
         request: Request,
         *,
         blocks: Sequence[int] = (),
+        cycles: Sequence[int] = (1,),
         slack: int = 0,
-        exact: bool = True,
+        **drafts: Any,
     ) -> None:
-        """Speculation names the lengths of the `blocks` that it will have verified. `slack` is
-        cache beyond the user's limit, for drafts that will not all be kept. Unless `exact`, tokens
-        come of logits alone, whatever the device would choose.
+        """Speculation names the lengths of the `blocks` that it will have verified and of those in
+        `cycles` of the device's, to which `drafts` belong (`open_step`). `slack` is cache beyond
+        the user's limit, for drafts that will not all be kept. Without cycles tokens come of logits
+        alone, whatever the device would choose.
         """
         self.model, self.sampler, self.clock = model, request.sampler, request.clock
         self._progress = request.progress
@@ -60,15 +63,17 @@ class PlainDecoder:
             model,
             self.cache,
             blocks=blocks,
-            stream_blocks=(1,) if exact else (),
-            settings=self.sampler.settings() if exact else None,
+            run=[(rows, "cycle") for rows in cycles],
+            settings=self.sampler.settings() if cycles else None,
             lengths=range(len(request.prompt_ids), request.longest + slack + 1),
             progress=request.progress,
+            **drafts,
         )
-        self._runs_ahead = exact and isinstance(self.engine, DecodeStep)
+        runs = cycles and isinstance(self.engine, DecodeStep)
+        self._run = DecodeRun(self.engine) if runs else None
         self.compile_seconds = self.engine.compile_seconds
         self.capture_seconds = self.engine.capture_seconds
-        self._ahead: Iterator[int] = iter(())  # tokens that the device chooses meanwhile
+        self._ahead: Iterator[CycleResult] = iter(())  # what the device does meanwhile
         self.prefill_seconds: dict[str, float | None] = {"target": None, "draft": None}
 
     def prefill(self, tokens: Sequence[int]) -> list[int]:
@@ -81,25 +86,18 @@ class PlainDecoder:
 
     def step(self, tokens: list[int], room: int) -> list[int]:
         """The next block after the committed tokens, `room` tokens at most."""
-        if self._runs_ahead:
+        if self._run:
             return self.run_ahead(tokens, room)
         logits_V = self.engine.forward([tokens[-1:]])[0, -1]
         return [self.sampler.sample(logits_V, position=len(tokens))]
 
-    def run_ahead(
-        self, tokens: list[int], count: int, wanted: Callable[[], int] | None = None
-    ) -> list[int]:
-        """The next token. The device does not wait for the calls after it, `count` with this, or
-        as many as are `wanted` when it could begin.
-        """
-        token = next(self._ahead, None)
-        if token is None:
-            self._ahead = self.engine.stream(tokens[-1:], count, wanted)
-            token = next(self._ahead)
-        return [checked(token, position=len(tokens))]
-
-    def committed(self) -> None:
-        """The last block is in the transcript; until the next step the caller has the floor."""
+    def run_ahead(self, tokens: list[int], count: int) -> list[int]:
+        """The next token. The device does not wait for the calls after it, `count` with this."""
+        result = next(self._ahead, None)
+        if result is None:
+            self._ahead = self._run.cycles(tokens[-1:], count)
+            result = next(self._ahead)
+        return [checked(result.tokens[0], position=len(tokens))]
 
     def statistics(self, committed: int) -> SpeculationStatistics | None:
         return None
@@ -141,7 +139,6 @@ class Generation(Iterator[Chunk]):
             block = self.decoder.step(transcript.tokens, transcript.room)
         self._ready.extend(transcript.commit(block))
         self._forget()
-        self.decoder.committed()
         if not first:  # the handing over, too: a GPU may work on meanwhile
             self._seconds += self._request.clock() - start
 

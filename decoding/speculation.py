@@ -18,7 +18,8 @@ Shapes: T = N + 1 rows, V vocabulary.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -28,8 +29,11 @@ from draftnorm.decoding.drafters import Drafter, ModelDrafter, NgramDrafter, che
 from draftnorm.decoding.generation import Generation, PlainDecoder
 from draftnorm.decoding.noise import DRAFT, EXACT
 from draftnorm.decoding.request import Request
+from draftnorm.decoding.sampling import checked
 from draftnorm.decoding.statistics import Cycle, SpeculationStatistics
 from draftnorm.decoding.verification import ACCEPTANCE, verify_exact, verify_rejection
+from draftnorm.model.decode_run import CycleResult, DecodeRun
+from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.tokenizer import Tokenizer
 from draftnorm.model.transformer import Transformer
 
@@ -64,11 +68,10 @@ def speculate(
     request = Request.of(model.config, tokenizer, prompt, **options)
     if request.sampler.greedy:
         acceptance = "exact"  # at temperature 0 both rules are the same
-    drafter = draft
-    if draft == "ngram":
-        drafter = NgramDrafter()
-    elif hasattr(draft, "decode"):
-        drafter = ModelDrafter(
+    drafter = NgramDrafter() if draft == "ngram" else draft
+    if hasattr(draft, "decode"):
+        drafter = partial(
+            ModelDrafter,
             draft,
             request.sampler,
             stream=EXACT if acceptance == "exact" else DRAFT,
@@ -77,51 +80,72 @@ def speculate(
             prompt_length=len(request.prompt_ids),
             progress=request.progress,
         )
-    elif not hasattr(draft, "propose"):
+    elif not hasattr(drafter, "propose"):
         raise ValueError(f"draft must be 'ngram', a model or a drafter, not {draft!r}")
-    if drafter.needs_features:
+    elif drafter.needs_features:
         raise ValueError("this drafter needs the target's hidden states, which are not provided")
     return Generation(request, SpeculativeDecoder(model, request, drafter, length, acceptance))
 
 
 class SpeculativeDecoder(PlainDecoder):
-    """A decoder whose step is one speculative cycle."""
+    """A decoder whose step is one speculative cycle.
+
+    A GPU works cycles off by itself (model/decode_run.py) if their drafts come of n-grams or a
+    model and acceptance is exact. All others the host drives, one call after the other, as it does
+    on a CPU: `_drive` is the cycle to read.
+    """
 
     def __init__(
         self,
         model: Transformer,
         request: Request,
-        drafter: Drafter,
+        drafter: Drafter | Callable[..., ModelDrafter],
         length: FixedDraftLength | AutoDraftLength,
         acceptance: str,
     ) -> None:
-        blocks = range(1, length.most + 2)  # the last committed token and up to so many drafts
-        exact = acceptance == "exact"
-        super().__init__(model, request, blocks=blocks, slack=MAX_DRAFT_LENGTH, exact=exact)
-        self._drafter, self._length, self._exact = drafter, length, exact
-        if isinstance(drafter, ModelDrafter) and drafter.engine.compile_seconds is not None:
-            self.compile_seconds = (self.compile_seconds or 0.0) + drafter.engine.compile_seconds
-            self.capture_seconds = (self.capture_seconds or 0.0) + drafter.engine.capture_seconds
+        rows = range(1, length.most + 2)  # the last committed token and up to so many drafts
+        self._exact = acceptance == "exact"
+        self._looks_up = isinstance(drafter, NgramDrafter)
+        if self._exact and (self._looks_up or not hasattr(drafter, "propose")):
+            ngrams = drafter.lengths if self._looks_up else None
+            ways = dict(cycles=rows, ngrams=ngrams)
+        else:
+            ways = dict(blocks=rows, cycles=(1,) if self._exact else ())
+        super().__init__(model, request, slack=MAX_DRAFT_LENGTH, **ways)
+        self._by_device = self._run is not None and "blocks" not in ways
+        if not hasattr(drafter, "propose"):
+            drafter = drafter(text=self.engine.text if self._by_device else None)
+            self._by_device &= isinstance(drafter.engine, DecodeStep)
+            if drafter.engine.compile_seconds is not None:
+                self.compile_seconds = (self.compile_seconds or 0) + drafter.engine.compile_seconds
+                self.capture_seconds = (self.capture_seconds or 0) + drafter.engine.capture_seconds
+            if self._by_device:
+                self._run = DecodeRun(self.engine, drafter.engine)
+        self._drafter, self._length = drafter, length
         self._told = 0  # committed tokens that the drafter knows of
         self._cycles: list[Cycle] = []
-        self._ended = 0.0  # the clock when the last block was there
-        self._commit_seconds = 0.0  # that its handing over took then
-        self._looks_up = isinstance(drafter, NgramDrafter)
-        if self._looks_up and self._runs_ahead:
-            length.wait()
+        self._results: Iterator[CycleResult] | None = None  # of the device's cycles
+        self._ended = 0.0  # the clock when the last of them was there
         self._tried = self._held = 0  # cycles that drafted, and whose first draft was accepted
 
     def prefill(self, tokens: Sequence[int]) -> list[int]:
         block = super().prefill(tokens)
         start = self.clock()
-        self._drafter.prefill(tokens)
+        if not (self._by_device and self._looks_up):
+            self._drafter.prefill(tokens)
         self._told = len(tokens)
         self._ended = self.clock()
         self.prefill_seconds["draft"] = self._ended - start
         return block
 
     def step(self, tokens: list[int], room: int) -> list[int]:
-        """One cycle: propose, verify, accept, roll back."""
+        """One cycle."""
+        cycle, block = (self._await if self._by_device else self._drive)(tokens, room)
+        self._record(cycle)
+        return block
+
+    def _drive(self, tokens: list[int], room: int) -> tuple[Cycle, list[int]]:
+        """Propose, verify, accept, roll back."""
         start = caught_up = self.clock()
         drafts, q_NV = [], None
         length = min(self._length.next(), room - 1)  # the block ends in a token of the target's own
@@ -130,14 +154,10 @@ class SpeculativeDecoder(PlainDecoder):
             self._told = len(tokens)
             caught_up = self.clock()
             drafts, q_NV = self._propose(length)
-            if not drafts and self._runs_ahead:
-                self._length.decline(self.clock() - start)
         drafted = self.clock()
 
-        plan = self._length  # through `self` a run would keep its own decoder alive
-        idle = min(plan.idle, room)
-        if self._runs_ahead and idle > 0:
-            block = self.run_ahead(tokens, idle, lambda: plan.idle)
+        if self._run and length < 1:
+            block = self.run_ahead(tokens, min(1 + self._length.idle, room))
         else:
             logits_TV = self.engine.forward([[tokens[-1], *drafts]])[0]
             if self._exact:
@@ -146,22 +166,41 @@ class SpeculativeDecoder(PlainDecoder):
             else:
                 block = verify_rejection(logits_TV, drafts, q_NV, self.sampler, len(tokens))
         self.cache.rollback(len(tokens) + len(block) - 1)
+        return Cycle(
+            drafted=len(drafts),
+            accepted=len(block) - 1,
+            catch_up_seconds=caught_up - start,
+            draft_seconds=drafted - caught_up,
+            verify_seconds=self.clock() - drafted,
+        ), block
 
-        self._ended = self.clock()
-        self._record(
-            Cycle(
-                drafted=len(drafts),
-                accepted=len(block) - 1,
-                catch_up_seconds=caught_up - start,
-                draft_seconds=drafted - caught_up,
-                verify_seconds=self._ended - drafted,
-                commit_seconds=self._commit_seconds,
-            )
-        )
-        return block
+    def _await(self, tokens: list[int], room: int) -> tuple[Cycle, list[int]]:
+        """What came of the cycle that the device has worked on since the last one."""
+        if self._results is None:
+            # Through `self` a run would keep its own decoder alive.
+            plan, drafter = self._length, self._drafter
 
-    def committed(self) -> None:
-        self._commit_seconds = self.clock() - self._ended
+            def drafts() -> int:
+                length = plan.next()
+                return 0 if getattr(drafter, "lost", False) else length
+
+            self._results = self._run.cycles(tokens, room, drafts)
+        result = next(self._results)
+        block = [checked(token, len(tokens) + i) for i, token in enumerate(result.tokens)]
+        if not self._looks_up:
+            self._drafter.extend(block)
+        seconds = self.clock() - self._ended
+        self._ended += seconds
+        verify = min(result.verify_seconds, seconds) if result.asked else seconds
+        draft = min(result.draft_seconds, seconds - verify) if result.fed else seconds - verify
+        return Cycle(
+            drafted=result.drafted,
+            accepted=len(block) - 1,
+            absent=result.asked - result.drafted,
+            catch_up_seconds=seconds - verify - draft,
+            draft_seconds=draft,
+            verify_seconds=verify,
+        ), block
 
     def statistics(self, committed: int) -> SpeculationStatistics:
         touched, passes = self.engine.expert_counts()

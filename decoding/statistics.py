@@ -29,19 +29,18 @@ class Cycle:
 
     drafted: int
     accepted: int
+    absent: int = 0  # rows that were verified for drafts that were not there
     draft_seconds: float = 0.0
     verify_seconds: float
     catch_up_seconds: float = 0.0  # feeding the drafter what it missed while it was not asked
-    commit_seconds: float = 0.0  # handing over the block before, while a GPU may work on
 
     @property
-    def target_seconds(self) -> float:
-        """What a cycle takes but for the drafter: of a plain one that runs ahead, a GPU's step."""
-        return self.commit_seconds + self.verify_seconds
+    def asked(self) -> int:
+        return self.drafted + self.absent
 
     @property
     def seconds(self) -> float:
-        return self.catch_up_seconds + self.draft_seconds + self.target_seconds
+        return self.catch_up_seconds + self.draft_seconds + self.verify_seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,11 +4,9 @@ Legend: B sequences, T new tokens of each, M = B·T rows, D hidden, V vocabulary
 
 `embed` looks tokens up, leaves the sums of squares that the first norm starts from and says where
 each row stands: position and cache slot, from device-side lengths. `choose` finishes the argmax
-that the head's projection began tile by tile; ties go to the lowest id. In a plain greedy step it
-also moves on by itself: the token becomes the next input, the length grows, and the token is
-written to a ring in pinned host memory, which the host reads late, without a synchronisation. A row
-with a NaN or an infinity among its logits, or with nothing but -inf, has no best token, and gets
-NO_TOKEN.
+that the head's projection began tile by tile, and the step (kernels/cycle.py); ties go to the
+lowest id. A row with a NaN or an infinity among its logits, or with nothing but -inf, has no best
+token, and gets NO_TOKEN.
 """
 
 import torch
@@ -17,24 +15,29 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from draftnorm.kernels.cycle import Text, ending, finish, has_clock, note_time
 from draftnorm.kernels.decode_norm import SQUARES, square_sums
 
-NO_TOKEN = -2  # -1 marks a place of the ring that was not written yet
+NO_TOKEN = -2  # neither of the marks of kernels/cycle.py
 _SQUARES: tl.constexpr = tl.constexpr(SQUARES)
 _NO_TOKEN: tl.constexpr = tl.constexpr(NO_TOKEN)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "V"])
 def _embed_kernel(
-    x_ptr, squares_ptr, position_ptr, slot_ptr, token_ptr, length_ptr, table_ptr, T,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, squares_ptr, position_ptr, slot_ptr, token_ptr, length_ptr, stamp_ptr, table_ptr, T, V,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
-    token = tl.load(token_ptr + row).to(tl.int64)
+    if stamp_ptr is not None:  # noqa: SIM102 - the first is known when compiling
+        if row == 0:
+            note_time(stamp_ptr)
     position = tl.load(length_ptr + row // T) + row % T
+    token = tl.load(token_ptr + (position if TEXT else row)).to(tl.int64)
+    token = tl.minimum(token, V - 1)  # a padded target may say what a draft cannot read
     tl.store(position_ptr + row, position.to(tl.int32))
     tl.store(slot_ptr + row, position.to(tl.int32))
     column = tl.arange(0, BLOCK_D)
@@ -66,25 +69,9 @@ def best_token(best_ptr, best_id_ptr, row, C: tl.constexpr, BLOCK_C: tl.constexp
 
 
 @triton.jit
-def emit(
-    token, row, chosen_ptr, token_ptr, length_ptr, ring_ptr, T,
-    RING: tl.constexpr, ADVANCE: tl.constexpr,
-):  # fmt: skip
-    """Write a row's token; after a sequence's last row, move the sequence on."""
-    tl.store(chosen_ptr + row, token)
-    if ADVANCE:  # noqa: SIM102 - the first is known when compiling, the second is not
-        if row % T == T - 1:
-            b = row // T
-            length = tl.load(length_ptr + b) + T
-            tl.store(length_ptr + b, length)
-            tl.store(token_ptr + b, tl.maximum(token, 0))  # a step in flight reads some embedding
-            tl.store(ring_ptr + b * RING + length % RING, token)
-
-
-@triton.jit(do_not_specialize=["T"])
 def _choose_kernel(
-    chosen_ptr, best_ptr, best_id_ptr, token_ptr, length_ptr, ring_ptr, T,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, RING: tl.constexpr, ADVANCE: tl.constexpr,
+    chosen_ptr, best_ptr, best_id_ptr, text_ptr, state_ptr, blocks_ptr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, END: tl.constexpr, TIMED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -92,7 +79,7 @@ def _choose_kernel(
         gdc_launch_dependents()
     row = tl.program_id(0)
     token = best_token(best_ptr, best_id_ptr, row, C, BLOCK_C)
-    emit(token, row, chosen_ptr, token_ptr, length_ptr, ring_ptr, T, RING, ADVANCE)
+    finish(token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, END, TIMED)
 
 
 def embed(
@@ -107,16 +94,20 @@ def embed(
     rows: int,
     rows_per_sequence: int,
     pdl: dict[str, bool],
+    by_position: bool = False,
+    stamp: Tensor | None = None,
 ) -> None:
     """Launch: x = table[tokens], square sums fp32 [M, ceil(D / 16)], positions and slots int32.
 
     Row m belongs to sequence b = m // rows_per_sequence, at lengths_B[b] + m % rows_per_sequence.
+    Its token is the m-th of tokens_M, or `by_position` the one at its position. `stamp` takes the
+    time.
     """
-    D = table_VD.shape[1]
+    V, D = table_VD.shape
     block_d = max(triton.next_power_of_2(D), SQUARES)
     _embed_kernel[(rows,)](
-        x_MD, squares, positions_M, slots_M, tokens_M, lengths_B, table_VD, rows_per_sequence,
-        D, block_d, **pdl,
+        x_MD, squares, positions_M, slots_M, tokens_M, lengths_B, stamp, table_VD,
+        rows_per_sequence, V, D, block_d, by_position, **pdl,
     )  # fmt: skip
 
 
@@ -128,20 +119,17 @@ def choose(
     vocabulary: int,
     tile_rows: int,
     pdl: dict[str, bool],
-    rows_per_sequence: int = 1,
-    advance: tuple[Tensor, Tensor, Tensor] | None = None,
+    text: Text | None = None,
+    end: str = "asked",
 ) -> None:
     """Launch: the best token of each row from the best of each tile, int32 [M].
 
-    `advance` = (tokens_M, lengths_B, ring [B, slots]) makes it the end of a greedy step: what
-    follows a sequence's last row becomes its next token, one of tokens_M[:B].
+    With a text it is the end of a step: one of ENDINGS.
     """
     C = triton.cdiv(vocabulary, tile_rows)
-    tokens_M, lengths_B, ring = advance or (None, None, None)
     _choose_kernel[(rows,)](
-        chosen_M, *best, tokens_M, lengths_B, ring, rows_per_sequence,
-        C, triton.next_power_of_2(C), 0 if ring is None else ring.shape[1], advance is not None,
-        **pdl,
+        chosen_M, *best, *ending(text, end),
+        C, triton.next_power_of_2(C), end, has_clock(chosen_M), **pdl,
     )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from draftnorm.kernels.head import NO_TOKEN, best_of, best_token, emit
+from draftnorm.kernels.cycle import Text, ending, finish, has_clock
+from draftnorm.kernels.head import NO_TOKEN, best_of, best_token
 
 WARPS, GROUP = 32, 64  # warps of _decide, tiles of a block of its passes
 TILE = 128  # tokens of a tile
@@ -147,10 +148,10 @@ def _ahead(
 
 @triton.jit(do_not_specialize=["T"])
 def _decide_kernel(
-    chosen_ptr, token_ptr, length_ptr, ring_ptr,
+    chosen_ptr, text_ptr, state_ptr, blocks_ptr,
     best_ptr, best_id_ptr, scores_ptr, noisy_ptr, largest_ptr, live_ptr, settings_ptr, T,
     V: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr,
-    RING: tl.constexpr, ADVANCE: tl.constexpr, PDL: tl.constexpr,
+    END: tl.constexpr, TIMED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -209,7 +210,7 @@ def _decide_kernel(
             kept &= (top_p >= 1.0) | (before < top_p * mass)
             kept |= leader == V  # the first is always kept, also where infinities make NaN
             token = tl.where(kept, token, leader)
-    emit(token, row, chosen_ptr, token_ptr, length_ptr, ring_ptr, T, RING, ADVANCE)
+    finish(token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, END, TIMED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,14 +267,15 @@ def sample(
     rows: int,
     rows_per_sequence: int,
     pdl: dict[str, bool],
-    advance: tuple[Tensor, Tensor, Tensor] | None = None,
+    text: Text | None = None,
+    end: str = "asked",
 ) -> None:
     """Launch: fp32 logits [M, V] -> the token after each row, int32 [M], or NO_TOKEN where they
     hold NaN, infinity or nothing finite. Nothing is allocated; V alone decides what is compiled.
 
     Row m stands at positions_M[m] (int32) and its token at the next one; it belongs to sequence
-    m // rows_per_sequence, whose settings (int64 [B, 7], `pack_settings`) hold. `advance` =
-    (tokens_M, lengths_B, ring [B, slots]), as in `head.choose`, makes it the end of a plain step.
+    m // rows_per_sequence, whose settings (int64 [B, 7], `pack_settings`) hold. `text` and `end`
+    are those of `head.choose`.
     """
     V, tile = logits_MV.shape[1], workspace.tile
     C = triton.cdiv(V, tile)
@@ -282,12 +284,9 @@ def sample(
         *scored, logits_MV, positions_M, settings_BW, rows_per_sequence, V, tile,
         num_warps=1, **pdl,
     )  # fmt: skip
-    tokens_M, lengths_B, ring = advance or (None, None, None)
     _decide_kernel[(rows,)](
-        chosen_M, tokens_M, lengths_B, ring, *scored, workspace.live_MC, settings_BW,
-        rows_per_sequence,
-        V, tile, GROUP, triton.next_power_of_2(C), 0 if ring is None else ring.shape[1],
-        advance is not None, num_warps=WARPS, **pdl,
+        chosen_M, *ending(text, end), *scored, workspace.live_MC, settings_BW, rows_per_sequence,
+        V, tile, GROUP, triton.next_power_of_2(C), end, has_clock(chosen_M), num_warps=WARPS, **pdl,
     )  # fmt: skip
 
 

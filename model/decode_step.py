@@ -12,21 +12,21 @@ whether the step feeds the next: a tier is only the room of attention's grid, an
 none of it.
 
     step = DecodeStep(model, cache)
-    logits_BTV = step.forward(tokens_BT)           # decode or verify, as Transformer.decode
-    for token in step.stream([token], count): ...  # plain decoding: replays, read late
+    logits_BTV = step.forward(tokens_BT)  # decode or verify, as Transformer.decode
 
 A token is a row's argmax or, with `settings`, a sample (kernels/sample.py), chosen on the device.
-
-Who decodes asks `open_step` (model/open_step.py) for one.
+Steps that nobody waits for are model/decode_run.py's. Who decodes asks `open_step`
+(model/open_step.py) for one.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from draftnorm.kernels.compilation import Progress, compile_kernels
+from draftnorm.kernels.cycle import Text, look_up
 from draftnorm.kernels.decode_attention import (
     SPLIT,
     AttentionWorkspace,
@@ -51,8 +51,6 @@ from draftnorm.model.streamed_layers import StreamedLayers, can_stream
 from draftnorm.model.transformer import PREFILL_CHUNK, Layer, Transformer
 
 ROWS = 16  # the most rows of a step unless its owner asks for more
-RING = 64  # tokens of a sequence that the host may be behind
-RUN_AHEAD = 2  # replays in flight before the host waits for a token
 NORMS = ("train", "inference", "fused")
 
 
@@ -63,6 +61,8 @@ class DecodeStep:
     the rung of the ladder: "fused" puts RMSNorm in the prologue of the product after it or, where
     that does not fit, finishes it from the sums that the product before it left; "inference" and
     "train" launch `rms_norm` without and with the store of rstd. All three give equal bits.
+    `text` is another step's, for one to draft for the other; with `ngrams`, the lengths to look up,
+    a cycle's drafts are the text's own.
     `pdl=False` turns dependent launch off.
     Raises ValueError for a model that is not on a GPU.
     """
@@ -77,6 +77,8 @@ class DecodeStep:
         pdl: bool = True,
         vocabulary: int | None = None,
         settings: Tensor | None = None,
+        text: Text | None = None,
+        ngrams: range | None = None,
     ) -> None:
         config, device, dtype = model.config, model.device, model.dtype
         if not (device.type == "cuda" or INTERPRETED):
@@ -89,6 +91,8 @@ class DecodeStep:
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.compile_seconds = self.capture_seconds = 0.0
         self.vocabulary = vocabulary or config.vocab_size
+        self.text = text or Text.allocate(cache.capacity, device)
+        self.ngrams = ngrams
         D, K, V = config.hidden_size, config.head_size, self.vocabulary
         B, H, G = len(cache.lengths), config.num_heads, config.num_kv_heads
         E, A = config.num_experts, config.experts_per_token
@@ -118,15 +122,14 @@ class DecodeStep:
         # A line a sparse layer, aligned: how many experts its rows touch, and which.
         self.experts = buffer(len(self.sparse), -(-(1 + E) // 4) * 4, dtype=int32)
         self.experts_touched = buffer(len(self.sparse), dtype=int32)  # by all forward calls
-        self.forwards = self.streamed = 0  # calls, and tokens alone
+        self.passes = self.alone = 0  # through the layers, and by how many tokens alone
         # Pinned, so that a kernel can write it; -1 marks a token that is not there yet.
         pinned = dict(dtype=int32, pin_memory=device.type == "cuda")
-        self.ring = torch.full((B, RING), -1, **pinned)
         self.choices = torch.full((M,), -1, **pinned)
         self.told = torch.zeros(len(self.inputs), **pinned)
         # Rows of the last forward call, and whether steps run that nobody waited for.
         self.asked, self.under_way = 0, False
-        self.aside = buffer(M, dtype=int32)  # a plain step's tokens, which the ring has, too
+        self.aside = buffer(M, dtype=int32)  # the choices of steps that nobody waits for
 
         positions = cache.keys[0].shape[2]  # the capacity, rounded up
         rotary = torch.arange(positions, device=device)[:, None] * model.frequencies()
@@ -150,7 +153,7 @@ class DecodeStep:
             tickets=buffer(-(-D // ROWS) * padded // ROWS, dtype=int32),
         )
         self.streamed_layers = StreamedLayers(self) if can_stream(config, dtype, device) else None
-        most_splits = self._tier(cache.capacity)
+        most_splits = self.tier(cache.capacity)
         sizes = [workspace_sizes(B, T, H, G, K, most_splits) for T in range(1, max(M // B, 1) + 1)]
         acc, extremes, tickets = map(max, zip(*sizes, strict=True))
         self.attention_workspace = AttentionWorkspace(
@@ -162,8 +165,7 @@ class DecodeStep:
     @torch.inference_mode()
     def prepare(
         self,
-        blocks: Iterable[int],
-        stream_blocks: Iterable[int],
+        steps: Iterable[tuple[int, str]],
         lengths: range,
         progress: Progress | None = None,
     ) -> None:
@@ -171,29 +173,28 @@ class DecodeStep:
         if not self.x.is_cuda:
             return
         assert not any(self.cache.lengths), "compiling writes to the first positions"
-        shapes = [(T, False) for T in blocks] + [(T, True) for T in stream_blocks]
-        tiers = self._tiers(lengths)
+        steps, tiers = list(steps), self._tiers(lengths)
 
         def launch_all() -> None:
-            for T, plain in shapes:
+            for T, end in steps:
                 # One split, two, more and the most: all that attention does for T rows.
                 for tier in {*tiers[:3], tiers[-1]}:
-                    self.launch(T, tier, plain=plain)
+                    self.launch(T, tier, end)
             # Few rows and many: the norms of q and k then take another kernel.
             for count in {1, min(PREFILL_CHUNK, self.cache.capacity)}:
                 self.model.prefill([0] * count, self.cache)
                 self.cache.rollback(0)
 
-        self._synchronize()  # launches below are no replays, which take turns
+        self.synchronize()  # launches below are no replays, which take turns
         start = time.perf_counter()
         compile_kernels(launch_all, progress)
-        self._synchronize()
-        self.inputs.zero_()
-        self.experts_touched.zero_()
+        self.synchronize()
+        for tensor in (self.inputs, self.experts_touched, self.text.tokens, self.text.state):
+            tensor.zero_()
         compiled = time.perf_counter()
-        graphs = [(T, tier, plain) for tier in tiers for T, plain in shapes]
-        for done, (T, tier, plain) in enumerate(graphs, start=1):
-            self._graph(T, tier, plain=plain)
+        graphs = [(T, tier, end) for tier in tiers for T, end in steps]
+        for done, (T, tier, end) in enumerate(graphs, start=1):
+            self.graph(T, tier, end)
             if progress:
                 progress("capturing graphs", done, len(graphs))
         self.compile_seconds = compiled - start
@@ -217,15 +218,15 @@ class DecodeStep:
         self._tell(tokens, starts)
         self.choices.fill_(-1)
         self.asked = len(tokens)
-        self._run(T, self._tier(max(self.cache.lengths)), plain=False)
-        self.forwards += 1
+        self.run(T, max(self.cache.lengths), "asked")
+        self.passes += 1
         return self.logits[: B * T].view(B, T, -1)
 
     @property
     def chosen(self) -> list[int]:
         """The tokens after each row of the last `forward`, NO_TOKEN where there is none.
 
-        Empty once a stream has begun. Waits for the device, whose last kernel writes them over the
+        Empty once a run has begun. Waits for the device, whose last kernel writes them over the
         bus: a copy would take longer.
         """
         choices = self.choices[: self.asked].numpy()
@@ -234,95 +235,56 @@ class DecodeStep:
         self.under_way &= not self.asked
         return choices.tolist()
 
-    @torch.inference_mode()
-    def stream(
-        self, tokens: Sequence[int], count: int, wanted: Callable[[], int] | None = None
-    ) -> Iterator[int]:
-        """Decode `count` tokens after these, each by itself; one sequence only.
-
-        `tokens` are fed as one block. The device runs ahead of the caller by up to two steps;
-        closing the iterator early leaves the cache at the tokens that were yielded, the last one
-        not being in it. `wanted` may say before a token that with it fewer will do: 1 or more, and
-        those under way come all the same.
-        """
-        if self.batch != 1:
-            raise ValueError(f"stream decodes one sequence, the cache holds {self.batch}")
-        T = len(tokens)
-        start = self.cache.lengths[0] = self.cache.extend(T + count - 1).start
-        self._tell(tokens, [start])
-        self.asked = 0
-        self.ring.fill_(-1)
-        if self.x.is_cuda:  # a tier that begins on the way must not stop it
-            self._graph(T, self._tier(start + T), plain=True)
-            for tier in self._tiers(range(start + T + 1, start + T + count)):
-                self._graph(1, tier, plain=True)
-        ring, sent, taken = self.ring[0].numpy(), 0, 0
-        while taken < count:
-            if wanted is not None:
-                count = min(count, max(taken + wanted(), sent))
-            while sent < min(count, taken + 1 + RUN_AHEAD):
-                self._run(1 if sent else T, self._tier(start + T + sent), plain=True)
-                sent += 1
-            length = start + T + taken
-            place = length % RING
-            while ring[place] == -1:  # written by the step's last kernel, over the bus
-                torch.cuda.current_stream().query()  # raises if a kernel failed
-            token = int(ring[place])
-            ring[place] = -1
-            self.cache.lengths[0] = length
-            self.streamed += 1
-            taken += 1
-            self.under_way = taken < count
-            yield token
-
     def expert_counts(self) -> tuple[int, int]:
         """Experts touched by the steps so far, and the layers that touched them (once a step)."""
-        alone = self.streamed * len(self.sparse) * self.config.experts_per_token
-        steps = self.forwards + self.streamed
-        return int(self.experts_touched.sum()) + alone, steps * len(self.sparse)
+        alone = self.alone * len(self.sparse) * self.config.experts_per_token
+        return int(self.experts_touched.sum()) + alone, self.passes * len(self.sparse)
 
     def _tell(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
         """Copy tokens and lengths to the device: from here on a step is under way."""
         if self.under_way:  # what was told before may not be copied, nor every answer written yet
-            self._synchronize()
+            self.synchronize()
         self.under_way, told = True, self.told.numpy()
         told[: len(tokens)], told[-self.batch :] = tokens, lengths
         self.inputs.copy_(self.told, non_blocking=True)
 
-    def _tier(self, length: int) -> int:
+    def tier(self, length: int) -> int:
         """Splits of attention's grid for a context of `length`: up to a power of two, or all."""
         # Of positions: splits grow, and twice as many would be four times the context, mostly idle.
         return count_splits(min(1 << (length - 1).bit_length(), self.cache.capacity))
 
     def _tiers(self, lengths: range) -> list[int]:
         """All tiers that contexts of these lengths need."""
-        return sorted({self._tier(n) for n in (*lengths[::SPLIT], *lengths[-1:])})
+        return sorted({self.tier(n) for n in (*lengths[::SPLIT], *lengths[-1:])})
 
     def __del__(self) -> None:
         # A kernel may still write to pinned memory, which its allocator would give to others.
         if getattr(self, "under_way", False):
-            self._synchronize()
+            self.synchronize()
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
         if self.x.is_cuda:
             torch.cuda.synchronize()
 
-    def _run(self, T: int, tier: int, *, plain: bool) -> None:
+    def run(self, T: int, length: int, end: str) -> None:
+        """Replay the step for T rows and contexts of up to `length`, with one of ENDINGS."""
+        tier = self.tier(length)
         if self.x.is_cuda:
-            graph = self._graph(T, tier, plain=plain)
+            graph = self.graph(T, tier, end)
             if self.streamed_layers:
                 self.streamed_layers.replay(graph)
             else:
                 graph.replay()
         else:  # the interpreter
-            self.launch(T, tier, plain=plain)
+            self.launch(T, tier, end)
 
-    def _graph(self, T: int, tier: int, *, plain: bool) -> torch.cuda.CUDAGraph:
+    def graph(self, T: int, tier: int, end: str) -> torch.cuda.CUDAGraph:
         """The captured step. A new one is launched to compile it, replayed once, and undone."""
-        key = (T, tier, plain)
+        key = (T, tier, end)
         if key not in self.graphs:
             torch.cuda.synchronize()  # steps in flight still write the state
-            state = (self.inputs, self.ring, self.choices, self.experts_touched)
+            text = (self.text.tokens, self.text.state, self.text.blocks)
+            state = (self.inputs, self.choices, self.experts_touched, *text)
             saved = [tensor.clone() for tensor in state]
 
             def undone(run: Callable[[], None]) -> None:
@@ -331,41 +293,42 @@ class DecodeStep:
                 for tensor, value in zip(state, saved, strict=True):
                     tensor.copy_(value)
 
-            undone(lambda: self.launch(T, tier, plain=plain))
+            undone(lambda: self.launch(T, tier, end))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self.launch(T, tier, plain=plain)
+                self.launch(T, tier, end)
             undone(graph.replay)  # the first takes 100 µs longer, which would mislead who measures
             self.graphs[key] = graph  # and not before: Ctrl-C would leave one that cannot replay
         return self.graphs[key]
 
-    def launch(self, T: int, tier: int, *, plain: bool) -> None:
-        """Enqueue the kernels of one step; `plain` ends it as a step that feeds the next."""
-        model, rows = self.model, self.batch * T
+    def launch(self, T: int, tier: int, end: str = "asked") -> None:
+        """Enqueue the kernels of one step, with one of ENDINGS."""
+        model, rows, text, told = self.model, self.batch * T, self.text, end == "asked"
+        if self.ngrams and end == "cycle" and T > 1:
+            look_up(text, drafts=T - 1, lengths=self.ngrams, pdl=self.pdl)
         embed(
-            self.x, self.squares, self.positions, self.slots, self.tokens, self.lengths,
+            self.x, self.squares, self.positions, self.slots,
+            self.tokens if told else text.tokens, self.lengths if told else text.length(end),
             model.model.embed_tokens.weight, rows=rows, rows_per_sequence=T, pdl=self.pdl,
+            by_position=not told, stamp=text.stamp(end, T),
         )  # fmt: skip
         if self.streamed_layers:
             self.streamed_layers.launch(self, rows, T, tier)
         else:
             self._launch_layers(rows, T, tier)
-        logits = None if plain and self.settings is None else self.logits
+        logits = None if not told and self.settings is None else self.logits
         head_VD = model.head_VD()[: self.vocabulary]
         self._project("head", logits, self.x, head_VD, rows, "argmax", best=self.best,
                       norm=model.model.norm)  # fmt: skip
-        if self.sparse and not plain:
+        if self.sparse and (told or (end == "cycle" and T > 1)):
             self.experts_touched.add_(self.experts[:, 0])
-        ending = dict(
-            rows=rows, rows_per_sequence=T, pdl=self.pdl,
-            advance=(self.tokens, self.lengths, self.ring) if plain else None,
-        )  # fmt: skip
-        choices = self.aside if plain else self.choices
+        ending = dict(rows=rows, pdl=self.pdl, text=text, end=end)
+        choices = self.choices if told else self.aside
         if self.settings is None:
             tile_rows = self.tilings["head"].rows
             choose(choices, self.best, vocabulary=self.vocabulary, tile_rows=tile_rows, **ending)
         else:
-            sample(choices, self.logits, self.positions, self.settings,
+            sample(choices, self.logits, self.positions, self.settings, rows_per_sequence=T,
                    workspace=self.sampling, **ending)  # fmt: skip
 
     def _launch_layers(self, rows: int, T: int, tier: int) -> None:

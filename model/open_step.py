@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +22,22 @@ def open_step(
     model: Transformer,
     cache: KVCache,
     *,
-    blocks: Sequence[int],
-    stream_blocks: Sequence[int] = (),
+    blocks: Sequence[int] = (),
+    run: Sequence[tuple[int, str]] = (),
     lengths: range,
     settings: Tensor | None = None,
     vocabulary: int | None = None,
     progress: Progress | None = None,
+    **drafts: Any,
 ) -> "DecodeStep | ReadableStep":
     """The way to decode with this empty cache: DecodeStep on a GPU that can run it.
 
-    It will be asked to `forward` blocks of so many tokens and to `stream` after others, at cache
-    `lengths`: what that needs is compiled and captured here. With `settings` (int64 [B, 7], see
-    `pack_settings`) a DecodeStep samples instead of taking the argmax. Ids from `vocabulary` on do
-    not exist. Which way it is follows from the device and the dtype alone, and a GPU that cannot
-    run the kernels is named in a warning.
+    It will be asked to `forward` blocks of so many tokens and to `run` steps of so many rows and
+    one of ENDINGS, at cache `lengths`: what that needs is compiled and captured here. With
+    `settings` (int64 [B, 7], see `pack_settings`) a DecodeStep samples instead of taking the
+    argmax. Ids from `vocabulary` on do not exist. `drafts` are its `text` and `ngrams`. Which way
+    it is follows from the device and the dtype alone, and a GPU that cannot run the kernels is
+    named in a warning.
     """
     device, dtype = model.device, model.dtype
     if device.type != "cuda":
@@ -45,9 +48,11 @@ def open_step(
         reason = f"the kernels take bfloat16 and float16, not {dtype}"
     else:
         rows = max([ROWS, *blocks])
-        step = DecodeStep(model, cache, rows=rows, vocabulary=vocabulary, settings=settings)
+        step = DecodeStep(
+            model, cache, rows=rows, vocabulary=vocabulary, settings=settings, **drafts
+        )
         try:
-            step.prepare(blocks, stream_blocks, lengths, progress)
+            step.prepare([*((T, "asked") for T in blocks), *run], lengths, progress)
             return step
         except OutOfResources as error:  # less shared memory than a tiling was made for
             reason = str(error)

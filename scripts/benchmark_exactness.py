@@ -113,7 +113,7 @@ def op_level(model: Transformer, tokens_T: Tensor, prompt: int) -> Iterator[dict
     most = min(max(LADDER), len(tokens_T) - prompt)
     cache = model.new_cache(prompt + most)
     step = DecodeStep(model, cache, rows=most)
-    step.prepare(sorted({1, most}), (), range(prompt, prompt + 1))
+    step.prepare([(M, "asked") for M in sorted({1, most})], range(prompt, prompt + 1))
     model.prefill(tokens_T[:prompt], cache)
 
     def results(first: int, M: int) -> list[tuple[str, Tensor]]:

@@ -161,7 +161,7 @@ def decode(
         cache.rollback(0)
         start = time.perf_counter()
         step = DecodeStep(model, cache)
-        step.prepare((), (1,), range(prompt_tokens, prompt_tokens + new_tokens + 1))
+        step.prepare([(1, "cycle")], range(prompt_tokens, prompt_tokens + new_tokens + 1))
         timing.synchronize()
         return step, time.perf_counter() - start
 

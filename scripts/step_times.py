@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from draftnorm.model import decode_step, streamed_layers
+from draftnorm.model.decode_run import DecodeRun
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import timing
@@ -70,7 +71,8 @@ def measure_steps(
     """Times of a step of M rows and of its kernels, at every context."""
     cache = model.new_cache(max(contexts) + max(rows))
     step = DecodeStep(model, cache, rows=max(rows))
-    step.prepare(sorted({1, *rows}), (), range(contexts[0], contexts[0] + 1))
+    shapes = [(M, "asked") for M in sorted({1, *rows})]
+    step.prepare(shapes, range(contexts[0], contexts[0] + 1))
     for layer in cache.keys + cache.values:
         layer.normal_()
     steps, kernels = [], []
@@ -104,18 +106,18 @@ def stream_rate(step: DecodeStep, token: int, new_tokens: int) -> float:
     """Tokens a second of decoding plainly behind `token`, by the host's clock."""
     timing.synchronize()
     start = time.perf_counter()
-    for _ in step.stream([token], new_tokens):
+    for _ in DecodeRun(step).cycles([token], new_tokens):
         pass
     return new_tokens / (time.perf_counter() - start)
 
 
 def step_seconds(step: DecodeStep, rows: int, repeats: int) -> float:
     """Median time of a replay in a row of 20, where the last `forward` stood."""
-    tier, count = step._tier(step.cache.lengths[0]), 20 if step.x.is_cuda else 1
+    length, count = step.cache.lengths[0], 20 if step.x.is_cuda else 1
 
     def replays() -> None:
         for _ in range(count):
-            step._run(rows, tier, plain=False)
+            step.run(rows, length, "asked")
 
     return statistics.median(timing.wall_seconds(replays, repeats)) / count
 
@@ -204,7 +206,7 @@ def observe_step(step: DecodeStep, rows: int, observe: Callable[[Launch], None])
         for module, launchers in LAUNCHERS.items():
             replaced = {name: watched(module, name) for name in launchers}
             patches.enter_context(mock.patch.multiple(module, **replaced))
-        step.launch(rows, step._tier(length), plain=False)
+        step.launch(rows, step.tier(length))
 
 
 @torch.inference_mode()

@@ -5,6 +5,13 @@ import torch
 from triton import knobs
 
 from draftnorm.decoding.generation import Generation
+from draftnorm.model.decode_run import DecodeRun
+from draftnorm.model.decode_step import DecodeStep
+
+
+def plain_tokens(step: DecodeStep, token: int, count: int) -> list[int]:
+    """Tokens after this one, by cycles without drafts."""
+    return [result.tokens[0] for result in DecodeRun(step).cycles([token], count)]
 
 
 def check_nothing_is_compiled_and_nothing_allocated(

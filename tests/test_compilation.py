@@ -18,6 +18,7 @@ from triton.runtime import driver
 
 from draftnorm.kernels import decode_norm
 from draftnorm.kernels.compilation import OutOfResources, compile_kernels
+from draftnorm.kernels.cycle import ENDINGS, Text
 from draftnorm.kernels.decode_attention import count_splits
 from draftnorm.kernels.sample import pack_settings
 from draftnorm.model import decode_step, open_step
@@ -76,18 +77,18 @@ def test_after_compiling_ahead_no_step_compiles(config, sampling: bool, gpu, mon
     tiers = [count_splits(2**n) for n in range(7, 18)]
 
     def work() -> None:
-        shapes = ((1, True), (2, True), (1, False), (16, False))
-        for (T, plain), tier in itertools.product(shapes, (*tiers[:3], tiers[-1])):
-            step.launch(T, tier, plain=plain)
+        shapes = ((T, end) for end in ENDINGS for T in (1, 2, 16))
+        for (T, end), tier in itertools.product(shapes, (*tiers[:3], tiers[-1])):
+            step.launch(T, tier, end)
 
     count = compile_kernels(work, lambda *progress: heard.append(progress))
     assert gpu.launches == 0
     assert heard == [("compiling kernels", n, count) for n in range(1, count + 1)]
     late: list[str] = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: late.append(repr))
-    steps = [(1, True), (2, True), *((T, False) for T in range(1, 17))]
-    for (T, plain), tier in itertools.product(steps, tiers):
-        step.launch(T, tier, plain=plain)
+    steps = [(T, end) for end in ENDINGS for T in range(1, 17)]
+    for (T, end), tier in itertools.product(steps, tiers):
+        step.launch(T, tier, end)
     assert late == []
     assert gpu.launches > 2 * len(steps) * 5
     assert compile_kernels(work) == 0
@@ -96,9 +97,9 @@ def test_after_compiling_ahead_no_step_compiles(config, sampling: bool, gpu, mon
 def test_a_kernel_that_does_not_fit_is_an_error_at_its_first_launch(gpu) -> None:
     gpu.shared_memory = 1024
     step = make_step(SMALL)
-    compile_kernels(lambda: step.launch(1, 2, plain=True))
+    compile_kernels(lambda: step.launch(1, 2))
     with pytest.raises(OutOfResources, match="shared memory"):
-        step.launch(1, 2, plain=True)
+        step.launch(1, 2)
 
 
 @pytest.mark.parametrize(
@@ -136,18 +137,19 @@ def test_a_gpu_that_cannot_run_the_kernels_is_named_and_gets_the_readable_path(
 def test_an_interrupted_capture_leaves_no_graph(monkeypatch) -> None:
     interrupts, state = [None, KeyboardInterrupt, None, None], torch.zeros(1)
 
-    def launch(*_: object, plain: bool) -> None:
+    def launch(*_: object) -> None:
         if interrupt := interrupts.pop(0):
             raise interrupt
 
+    text = Text(tokens=state, state=state, blocks=state)
     step = SimpleNamespace(
-        graphs={}, inputs=state, ring=state, choices=state, experts_touched=state, launch=launch
+        graphs={}, inputs=state, choices=state, experts_touched=state, text=text, launch=launch
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
     with pytest.raises(KeyboardInterrupt):
-        decode_step.DecodeStep._graph(step, 1, 2, plain=True)
-    graph = decode_step.DecodeStep._graph(step, 1, 2, plain=True)
+        decode_step.DecodeStep.graph(step, 1, 2, "cycle")
+    graph = decode_step.DecodeStep.graph(step, 1, 2, "cycle")
     assert interrupts == []  # captured anew
-    assert decode_step.DecodeStep._graph(step, 1, 2, plain=True) is graph
+    assert decode_step.DecodeStep.graph(step, 1, 2, "cycle") is graph

@@ -129,7 +129,7 @@ def test_one_kernel_for_each_layer_shape(config: dict, launches: list[Launch]) -
     for T in range(1, 65):
         for tier in (1, 2, 8, 128):
             launches.clear()
-            step.launch(T, tier, plain=False)
+            step.launch(T, tier)
             compiled[T, tier] = frozenset(launches)
     # A tile of 8 rows or of 16, and in attention one split, two at once or many, and of 8 rows long
     # shares or short ones; nothing else about the call matters. Both families have three or four
@@ -155,8 +155,8 @@ def test_one_kernel_for_each_layer_shape(config: dict, launches: list[Launch]) -
 @pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
 def test_nothing_mutable_is_touched_before_the_wait(config: dict, launches: list[Launch]) -> None:
     step = make_step(config)
-    step.launch(1, 2, plain=True)
-    step.launch(16, 2, plain=False)
+    step.launch(1, 2, "cycle")
+    step.launch(16, 2)
     early = 0
     for launch in dict.fromkeys(launches):
         runtime = [name for name, kind in launch.types if kind != "constexpr"]
@@ -210,7 +210,7 @@ def test_operands_reach_the_matrix_instruction_in_registers(
     rows: int, launches: list[Launch]
 ) -> None:
     """That rests on Triton's default layouts, whose order of axes changed in 3.7 (operands.py)."""
-    make_step(SMALL).launch(rows, 8, plain=False)
+    make_step(SMALL).launch(rows, 8)
     seen = []
     for launch in dict.fromkeys(launches):
         constants, ptx = dict(launch.constants), launch.ptx()
@@ -253,7 +253,7 @@ def test_attention_keeps_its_sums_in_registers(config, launches, tmp_path: Path)
 @pytest.mark.parametrize("splits", [1, 2])
 def test_so_do_those_of_attention_that_one_program_does(splits: int, launches) -> None:
     """It has no loop: each stretch of code without a jump to it, up to its last product."""
-    make_step(SMALL).launch(1, splits, plain=False)
+    make_step(SMALL).launch(1, splits)
     (launch,) = (x for x in set(launches) if x.kernel.__name__ == "_decode_attention_kernel")
     stretches = [x for x in re.split(r"^\$L__BB\w+:", launch.ptx(), flags=re.M) if "mma.sync" in x]
     assert stretches
@@ -266,7 +266,7 @@ def test_so_do_those_of_attention_that_one_program_does(splits: int, launches) -
 def test_a_step_fits_the_shared_memory_of_an_a100(config: dict, launches, monkeypatch) -> None:
     monkeypatch.setattr(decode_step, "pdl_options", lambda _: {"PDL": False, "launch_pdl": False})
     step = make_step(config)
-    step.launch(1, 4, plain=True)
-    step.launch(16, 4, plain=False)
+    step.launch(1, 4, "cycle")
+    step.launch(16, 4)
     largest = max(launch.compiled(80).metadata.shared for launch in dict.fromkeys(launches))
     assert 2**12 < largest <= 163 * 1024

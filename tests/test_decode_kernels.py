@@ -6,6 +6,7 @@ needs the machine: equal bits whatever the company, with dependent launch on and
 
 import pytest
 import torch
+from steady import plain_tokens
 from torch import Tensor
 
 from draftnorm.kernels.decode_attention import (
@@ -25,6 +26,7 @@ from draftnorm.kernels.projection import (
 )
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
+from draftnorm.model.decode_run import DecodeRun
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 
@@ -213,7 +215,7 @@ def test_greedy_steps_are_forward_steps(name: str) -> None:
     cache = KVCache(model.config, capacity=1024, device="cuda", dtype=BF16)
     model.prefill(tokens[:200], cache)
     step = DecodeStep(model, cache)
-    greedy = list(step.stream([7], 400))  # crosses three split borders and a tier
+    greedy = plain_tokens(step, 7, 400)  # crosses three split borders and a tier
     cache.rollback(200)
     token, expected = torch.tensor([[7]], device="cuda"), []
     for _ in range(400):
@@ -221,11 +223,9 @@ def test_greedy_steps_are_forward_steps(name: str) -> None:
         expected.append(int(token))
     assert greedy == expected
     cache.rollback(200)
-    assert next(step.stream([7], 400)) == expected[0]  # two more are in flight, and nobody's
-    assert list(step.stream([expected[0]], 5)) == expected[1:6]
-    wanted = iter([9, 8, 1, 1])  # two are in flight when it turns out that one will do
-    assert list(step.stream([expected[5]], 300, wanted.__next__)) == expected[6:10]
-    assert list(step.stream([expected[9]], 5)) == expected[10:15]
+    first = next(DecodeRun(step).cycles([7], 400))
+    assert first.tokens == expected[:1]  # two more are in flight, and nobody's
+    assert plain_tokens(step, expected[0], 5) == expected[1:6]
 
 
 def test_dependent_launch_is_ordered_over_many_replays() -> None:
@@ -237,7 +237,7 @@ def test_dependent_launch_is_ordered_over_many_replays() -> None:
         step, found = DecodeStep(model, cache, pdl=pdl), []
         for _ in range(10_000 // 500):
             cache.rollback(40)
-            found.append(list(step.stream([7], 500)))
+            found.append(plain_tokens(step, 7, 500))
         assert all(run == found[0] for run in found)
         runs.append(found[0])
     assert runs[0] == runs[1]

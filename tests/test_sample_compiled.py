@@ -7,6 +7,7 @@ import torch
 from test_decode_compiled import Launch, Recorder
 
 from draftnorm.kernels import decode_norm, sample
+from draftnorm.kernels.cycle import ENDINGS, Text
 
 pytestmark = pytest.mark.skipif(decode_norm.INTERPRETED, reason="compiles for a GPU")
 VOCABULARY = 128256
@@ -20,7 +21,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return recorded
 
 
-def launch(rows: int, rows_per_sequence: int, *, plain: bool = False) -> None:
+def launch(rows: int, rows_per_sequence: int, end: str = "asked") -> None:
     def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -29,7 +30,7 @@ def launch(rows: int, rows_per_sequence: int, *, plain: bool = False) -> None:
         meta(rows // rows_per_sequence, sample.WORDS, dtype=torch.int64),
         workspace=sample.SampleWorkspace.allocate(rows, VOCABULARY, "meta"), rows=rows,
         rows_per_sequence=rows_per_sequence, pdl={"PDL": True, "launch_pdl": True},
-        advance=(meta(rows), meta(rows), meta(rows, 64)) if plain else None,
+        text=Text.allocate(64, torch.device("meta")), end=end,
     )  # fmt: skip
 
 
@@ -39,9 +40,9 @@ def test_the_number_of_rows_compiles_nothing_new(launches: list[Launch]) -> None
     assert len(set(launches)) == 2
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_nothing_is_touched_before_the_wait(launches: list[Launch], plain: bool) -> None:
-    launch(1, 1, plain=plain)
+@pytest.mark.parametrize("end", ENDINGS)
+def test_nothing_is_touched_before_the_wait(launches: list[Launch], end: str) -> None:
+    launch(1, 1, end)
     for one in launches:
         before, *after = one.ptx().split("griddepcontrol.wait")
         assert len(after) == 1

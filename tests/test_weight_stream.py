@@ -484,5 +484,5 @@ def test_a_step_launches_every_phase_of_every_layer_in_order(
         if after:
             normalize(layer + 1, "input_layernorm")
             phases(layer, QKV)
-    step.launch(rows, 2, plain=False)
+    step.launch(rows, 2)
     assert events == expected

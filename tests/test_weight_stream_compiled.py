@@ -126,7 +126,7 @@ def every_kernel(name: str, launches: list[Launch]) -> list[StreamLaunch]:
         step = make_step(name, norm)
         for T in (1, 5, 16, 64):
             launches.clear()
-            step.launch(T, 2, plain=False)
+            step.launch(T, 2)
             found |= dict.fromkeys(streamed(launches))
     return list(found)
 
@@ -139,7 +139,7 @@ def test_kernels_depend_on_the_rung_and_on_more_than_eight_rows_alone(name, laun
         for T in (1, 2, 5, 8, 9, 16, 32, 64, 17):
             for tier in (2, 8):
                 launches.clear()
-                step.launch(T, tier, plain=tier == 2)
+                step.launch(T, tier, "cycle" if tier == 2 else "asked")
                 kernels[norm, T, tier] = frozenset(streamed(launches))
     for (norm, T, _), found in kernels.items():
         few, many = kernels[norm, 1, 2], kernels[norm, 16, 2]
@@ -168,7 +168,7 @@ def beside_attention(
     name: str, splits: int, launches: list[Launch]
 ) -> tuple[Launch, set[StreamLaunch]]:
     """The attention of one row, and what streams weights before and behind it."""
-    make_step(name).launch(1, splits, plain=True)
+    make_step(name).launch(1, splits, "cycle")
     (attention,) = (x for x in set(launches) if "decode_attention" in str(x.kernel))
     assert dict(attention.constants)["EAGER"]
     return attention, set(streamed(launches))

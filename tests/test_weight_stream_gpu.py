@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 from fake_model import ScriptedDrafter
-from steady import check_nothing_is_compiled_and_nothing_allocated
+from steady import check_nothing_is_compiled_and_nothing_allocated, plain_tokens
 from stream_support import (
     ALL_ROWS,
     BF16,
@@ -38,6 +38,7 @@ from draftnorm.kernels.weight_stream import StreamWeights
 from draftnorm.model import streamed_layers
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
+from draftnorm.model.decode_run import DecodeRun
 from draftnorm.model.decode_step import NORMS, DecodeStep
 from draftnorm.model.transformer import Transformer
 
@@ -215,21 +216,21 @@ def test_a_stream_is_forward_steps_and_so_are_two_streams_in_turns(model, tokens
         token = step.forward(token).argmax(-1)
         expected.append(int(token))
     cache.rollback(100)
-    assert list(step.stream([7], 60)) == expected
+    assert plain_tokens(step, 7, 60) == expected
     # Two at once, each on a stream of its own, must neither hang nor differ.
     others = []
     for _ in range(2):
         cache = new_cache(model)
         step = DecodeStep(model, cache)
-        step.prepare([], [1], range(100, 162))  # captures write to the first positions
+        step.prepare([(1, "cycle")], range(100, 162))  # captures write to the first positions
         model.prefill(tokens[:100], cache)
-        others.append((torch.cuda.Stream(), step.stream([7], 60)))
+        others.append((torch.cuda.Stream(), DecodeRun(step).cycles([7], 60)))
     torch.cuda.synchronize()
     found: list[list[int]] = [[], []]
     for _ in range(60):
         for output, (stream, steps) in zip(found, others, strict=True):
             with torch.cuda.stream(stream):
-                output.append(next(steps))
+                output += next(steps).tokens
     torch.cuda.synchronize()
     assert found == [expected, expected]
 
@@ -243,13 +244,13 @@ def test_dependent_launch_is_ordered_over_many_replays(model, tokens) -> None:
         step = DecodeStep(model, cache, rows=40, pdl=pdl)
         for T, replays in ((1, 5000), (5, 2000), (40, 500)):
             first = step.forward(tokens[None, 100 : 100 + T])[0].clone()
-            tier, places = step._tier(100 + T), slice(100, 100 + T)
+            places = slice(100, 100 + T)
             layers = cache.keys + cache.values
             written = [layer[:, :, places].clone() for layer in layers]
             differ = torch.zeros((), dtype=torch.bool, device="cuda")
             with torch.inference_mode():
                 for i in range(replays):
-                    step._run(T, tier, plain=False)
+                    step.run(T, 100 + T, "asked")
                     if i % 8 == 7:  # seven of eight follow each other closely
                         differ |= (step.logits[:T] != first).any()
                         for layer, expected in zip(layers, written, strict=True):

@@ -226,10 +226,6 @@ def test_embed_and_choose() -> None:
 
     value = torch.tensor([[1.0, 4.0, 4.0, 2.0], [-5.0, -7.0, -5.0, -9.0]])
     ids = torch.tensor([[3, 30, 18, 40], [9, 16, 31, 45]], dtype=torch.int32)
-    chosen, ring = torch.zeros(2, dtype=torch.int32), torch.full((2, 4), -1, dtype=torch.int32)
-    advance = (tokens[:2].clone(), lengths.clone(), ring)
-    choose(chosen, (value, ids), rows=2, vocabulary=C * 16, tile_rows=16, pdl=NO_PDL,
-           advance=advance)  # fmt: skip
-    assert chosen.tolist() == advance[0].tolist() == [18, 9]  # of equals the lowest id
-    assert advance[1].tolist() == [8, 1]
-    assert ring.tolist() == [[18, -1, -1, -1], [-1, 9, -1, -1]]
+    chosen = torch.zeros(2, dtype=torch.int32)
+    choose(chosen, (value, ids), rows=2, vocabulary=C * 16, tile_rows=16, pdl=NO_PDL)
+    assert chosen.tolist() == [18, 9]  # of equals the lowest id
