@@ -129,7 +129,7 @@ def finish(
         if row == T - 1:
             read = tl.load(state_ptr + _DRAFT_LENGTH) + T
             if END == "feed":
-                read = tl.minimum(read, tl.load(state_ptr + _LENGTH) - 1)
+                read = tl.maximum(tl.minimum(read, tl.load(state_ptr + _LENGTH) - 1), 0)
             else:
                 tl.store(text_ptr + read, tl.maximum(token, 0))  # the next step reads some row
             tl.store(state_ptr + _DRAFT_LENGTH, read)

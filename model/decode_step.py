@@ -179,6 +179,7 @@ class DecodeStep:
             for T, end in steps:
                 # One split, two, more and the most: all that attention does for T rows.
                 for tier in {*tiers[:3], tiers[-1]}:
+                    self.text.state.zero_()  # at the first positions each time
                     self.launch(T, tier, end)
             # Few rows and many: the norms of q and k then take another kernel.
             for count in {1, min(PREFILL_CHUNK, self.cache.capacity)}:
