@@ -9,7 +9,6 @@ probes and no more.
 """
 
 import math
-from bisect import bisect_left
 from collections import deque
 from itertools import pairwise
 from statistics import median_low
@@ -63,12 +62,7 @@ class AutoDraftLength:
 
     def next(self) -> int:
         if not self.idle:
-            if self._pays:
-                self.idle = int(self._cost.is_forgetting_plain())
-            elif any(self._under_way):
-                self.idle = 1  # a probe, whose outcome decides
-            elif not self._paid:
-                self.idle = self._run()
+            self.idle = self._run()
         length = 0 if self.idle else self._length
         self.idle = max(self.idle - 1, 0)
         self._under_way.append(length)
@@ -98,9 +92,18 @@ class AutoDraftLength:
         return probe.asked > 0 and probe.draft_seconds + probe.verify_seconds < worth
 
     def _run(self) -> int:
-        """Plain cycles until what probes lost is within bounds."""
-        lost = self._lost - self.CREDIT
-        return 0 if lost < self.SHARE else int(min(lost / self.SHARE, self.LONGEST_RUN))
+        """Plain cycles before the next draft."""
+        if not self._pays:
+            if any(self._under_way):
+                return 1  # a probe, whose outcome decides
+            if self._cost.cycles:
+                self._choose()  # what was measured long ago is forgotten
+        if self._pays:
+            return int(self._cost.is_forgetting_plain())
+        lost = self._lost - self.CREDIT  # what probes lost comes within bounds first
+        if self._paid or lost < self.SHARE:
+            return 0
+        return int(min(lost / self.SHARE, self.LONGEST_RUN))
 
     def _choose(self) -> None:
         """The best length to draft, and whether it pays."""
@@ -135,10 +138,11 @@ class Acceptance:
         self._accepted[0], self._tested[0] = self.PRIOR
 
     def observe(self, cycle: Cycle) -> None:
-        tested = min(cycle.accepted + 1, cycle.asked)
-        for i in range(MAX_DRAFT_LENGTH):
-            self._accepted[i] = self.DECAY * self._accepted[i] + (i < cycle.accepted)
-            self._tested[i] = self.DECAY * self._tested[i] + (i < tested)
+        self._accepted = [self.DECAY * weight for weight in self._accepted]
+        self._tested = [self.DECAY * weight for weight in self._tested]
+        for i in range(min(cycle.accepted + 1, cycle.asked)):
+            self._tested[i] += 1
+            self._accepted[i] += i < cycle.accepted
 
     def fade(self) -> None:
         for i, weight in enumerate(self._tested):
@@ -222,16 +226,10 @@ class CycleCost:
         # More rows never cost less, so a shorter block that seems to cost more was disturbed.
         for i in reversed(range(len(seconds) - 1)):
             seconds[i] = min(seconds[i], seconds[i + 1])
-        points = list(zip(measured, seconds, strict=True))
-        slopes = [(t - s) / (d - c) for (c, s), (d, t) in pairwise(points)] or [0.0]
-        estimates = []
-        for drafts in range(MAX_DRAFT_LENGTH + 1):
-            right = bisect_left(measured, drafts)
-            if right == len(measured):
-                line = seconds[-1] + slopes[-1] * (drafts - measured[-1])
-                estimates.append(max(line, self.UNKNOWN * seconds[-1]))
-            elif right == 0:
-                estimates.append(seconds[0])
-            else:
-                estimates.append(seconds[right] + slopes[right - 1] * (drafts - measured[right]))
-        return estimates
+        estimates, slope, last = [], 0.0, seconds[-1]
+        for (c, s), (d, t) in pairwise(zip(measured, seconds, strict=True)):
+            slope = (t - s) / (d - c)
+            estimates += [s + slope * i for i in range(d - c)]
+        unknown = range(1, MAX_DRAFT_LENGTH - measured[-1] + 1)
+        beyond = [max(last + slope * i, self.UNKNOWN * last) for i in unknown]
+        return [*estimates, last, *beyond]

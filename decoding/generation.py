@@ -87,17 +87,18 @@ class PlainDecoder:
     def step(self, tokens: list[int], room: int) -> list[int]:
         """The next block after the committed tokens, `room` tokens at most."""
         if self._run:
-            return self.run_ahead(tokens, room)
+            return self.run_ahead(tokens, room).tokens
         logits_V = self.engine.forward([tokens[-1:]])[0, -1]
         return [self.sampler.sample(logits_V, position=len(tokens))]
 
-    def run_ahead(self, tokens: list[int], count: int) -> list[int]:
+    def run_ahead(self, tokens: list[int], count: int) -> CycleResult:
         """The next token. The device does not wait for the calls after it, `count` with this."""
         result = next(self._ahead, None)
         if result is None:
             self._ahead = self._run.cycles(tokens[-1:], count)
             result = next(self._ahead)
-        return [checked(result.tokens[0], position=len(tokens))]
+        checked(result.tokens[0], position=len(tokens))
+        return result
 
     def statistics(self, committed: int) -> SpeculationStatistics | None:
         return None

@@ -125,7 +125,6 @@ class SpeculativeDecoder(PlainDecoder):
         self._told = 0  # committed tokens that the drafter knows of
         self._cycles: list[Cycle] = []
         self._results: Iterator[CycleResult] | None = None  # of the device's cycles
-        self._ended = 0.0  # the clock when the last of them was there
         self._tried = self._held = 0  # cycles that drafted, and whose first draft was accepted
 
     def prefill(self, tokens: Sequence[int]) -> list[int]:
@@ -134,8 +133,7 @@ class SpeculativeDecoder(PlainDecoder):
         if not (self._by_device and self._looks_up):
             self._drafter.prefill(tokens)
         self._told = len(tokens)
-        self._ended = self.clock()
-        self.prefill_seconds["draft"] = self._ended - start
+        self.prefill_seconds["draft"] = self.clock() - start
         return block
 
     def step(self, tokens: list[int], room: int) -> list[int]:
@@ -154,10 +152,10 @@ class SpeculativeDecoder(PlainDecoder):
             self._told = len(tokens)
             caught_up = self.clock()
             drafts, q_NV = self._propose(length)
-        drafted = self.clock()
-
+        drafted, verify_seconds = self.clock(), None
         if self._run and length < 1:
-            block = self.run_ahead(tokens, min(1 + self._length.idle, room))
+            result = self.run_ahead(tokens, min(1 + self._length.idle, room))
+            block, verify_seconds = result.tokens, result.verify_seconds
         else:
             logits_TV = self.engine.forward([[tokens[-1], *drafts]])[0]
             if self._exact:
@@ -171,7 +169,7 @@ class SpeculativeDecoder(PlainDecoder):
             accepted=len(block) - 1,
             catch_up_seconds=caught_up - start,
             draft_seconds=drafted - caught_up,
-            verify_seconds=self.clock() - drafted,
+            verify_seconds=verify_seconds or self.clock() - drafted,
         ), block
 
     def _await(self, tokens: list[int], room: int) -> tuple[Cycle, list[int]]:
@@ -189,17 +187,13 @@ class SpeculativeDecoder(PlainDecoder):
         block = [checked(token, len(tokens) + i) for i, token in enumerate(result.tokens)]
         if not self._looks_up:
             self._drafter.extend(block)
-        seconds = self.clock() - self._ended
-        self._ended += seconds
-        verify = min(result.verify_seconds, seconds) if result.asked else seconds
-        draft = min(result.draft_seconds, seconds - verify) if result.fed else seconds - verify
         return Cycle(
             drafted=result.drafted,
             accepted=len(block) - 1,
             absent=result.asked - result.drafted,
-            catch_up_seconds=seconds - verify - draft,
-            draft_seconds=draft,
-            verify_seconds=verify,
+            catch_up_seconds=result.feed_seconds,
+            draft_seconds=result.draft_seconds,
+            verify_seconds=result.verify_seconds,
         ), block
 
     def statistics(self, committed: int) -> SpeculationStatistics:

@@ -29,7 +29,7 @@ class Transcript:
         self.tokens = list(request.prompt_ids)
         self.text = ""
         self.stop_reason: str | None = None
-        self._request = request
+        self._request, self._longest = request, request.longest
         self._decoder = request.tokenizer and IncrementalDecoder(request.tokenizer)
         self._starts: list[int] = []  # of each output token: where in the text it begins
         self._drafted: list[bool] = []
@@ -44,18 +44,19 @@ class Transcript:
     @property
     def room(self) -> int:
         """Tokens that may still come."""
-        return self._request.longest - len(self.tokens)
+        return self._longest - len(self.tokens)
 
     def commit(self, block: Sequence[int]) -> list[Chunk]:
         """Take a block up to where the output ends; the chunks that this settles."""
+        stop_ids, decoder, last = self._request.stop_ids, self._decoder, len(block) - 1
         for i, token in enumerate(block):
             self._starts.append(len(self.text))
-            self._drafted.append(i < len(block) - 1)
+            self._drafted.append(i < last)
             self.tokens.append(token)
-            if token in self._request.stop_ids:
+            if token in stop_ids:
                 self.finish("stop_token")
-            elif self._decoder:
-                self._read(self._decoder.push(token))
+            elif decoder:
+                self._read(decoder.push(token))
             self._end_if_full()
             if self.stop_reason:
                 break
@@ -68,12 +69,15 @@ class Transcript:
         self.stop_reason = self.stop_reason or reason
 
     def _end_if_full(self) -> None:
-        if self.room == 0:
+        if len(self.tokens) == self._longest:
             budget_spent = len(self._starts) == self._request.max_new_tokens
             self.finish("length" if budget_spent else "context")
 
     def _read(self, piece: str) -> None:
         self.text += piece
+        if not self._request.stop:
+            self._settled = len(self.text)
+            return
         found = (self.text.find(stop, self._settled) for stop in self._request.stop)
         cut = min((at for at in found if at >= 0), default=None)
         if cut is None:

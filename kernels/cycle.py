@@ -32,14 +32,15 @@ ENDINGS = ("asked", "feed", "draft", "cycle")
 MOST = 16  # rows of a verify
 SLOTS, LINE = 8, 32  # blocks that the host may be behind, and the words of one
 OPEN, NONE = -1, -3  # a word that was not written yet, and one behind the end of a block
-DRAFTS, DRAFT_TIME, VERIFY_TIME = MOST, MOST + 1, MOST + 2  # words of a block behind its tokens
+DRAFTS, TIMES = MOST, MOST + 1  # words of a block behind its tokens; ns of STAMPS
 # Words of the state: lengths of the target's cache and of the drafter's, aligned like any buffer;
-# drafts that there are, cycles so far, rows that have ended, when drafting and verifying began.
+# drafts that there are, cycles so far, rows that have ended, when each of STAMPS began.
 LENGTH, DRAFT_LENGTH, FOUND, CYCLE, TICKET, BEGAN = 0, 4, 8, 9, 10, 11
+STAMPS = ("feed", "draft", "cycle")  # the last feed, all steps that draft, the verify
 _MOST, _SLOTS, _LINE, _NONE = (tl.constexpr(x) for x in (MOST, SLOTS, LINE, NONE))
-_DRAFTS, _DRAFT_TIME, _VERIFY_TIME = (tl.constexpr(x) for x in (DRAFTS, DRAFT_TIME, VERIFY_TIME))
+_DRAFTS, _TIMES, _BEGAN = (tl.constexpr(x) for x in (DRAFTS, TIMES, BEGAN))
 _LENGTH, _DRAFT_LENGTH, _FOUND = (tl.constexpr(x) for x in (LENGTH, DRAFT_LENGTH, FOUND))
-_CYCLE, _TICKET, _BEGAN = (tl.constexpr(x) for x in (CYCLE, TICKET, BEGAN))
+_CYCLE, _TICKET = (tl.constexpr(x) for x in (CYCLE, TICKET))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,10 @@ class Text:
         return self.state[word : word + 1]
 
     def stamp(self, end: str, rows: int) -> Tensor | None:
-        """Where a step notes when it began: a verify, and a drafter's first step."""
-        word = {"draft": BEGAN, "cycle": BEGAN + 1}.get(end)
-        if word is None or (end == "draft" and rows == 1) or not has_clock(self.state):
+        """Where a step notes when it began, unless it drafts behind another that does."""
+        if end not in STAMPS or (end == "draft" and rows == 1) or not has_clock(self.state):
             return None
+        word = BEGAN + STAMPS.index(end)
         return self.state[word : word + 1]
 
 
@@ -97,11 +98,10 @@ def _accept(token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, T, TIMED: t
     line = tl.where(word <= accepted, choice, _NONE)
     line = tl.where(word == _DRAFTS, drafts, line)
     if TIMED:
-        began = tl.load(state_ptr + _BEGAN)
-        verifying = tl.load(state_ptr + _BEGAN + 1)
-        now = globaltimer().to(tl.int32)
-        line = tl.where(word == _DRAFT_TIME, tl.maximum(verifying - began, 0), line)
-        line = tl.where(word == _VERIFY_TIME, tl.maximum(now - verifying, 0), line)
+        began = globaltimer().to(tl.int32)
+        for i in tl.static_range(2, -1, -1):
+            ended, began = began, tl.load(state_ptr + _BEGAN + i)
+            line = tl.where(word == _TIMES + i, tl.maximum(ended - began, 0), line)
     tl.debug_barrier()  # every thread has read what is now written
     tl.store(text_ptr + n + word, tl.maximum(choice, 0), mask=word <= accepted)
     tl.store(state_ptr + _LENGTH, n + accepted)
@@ -156,7 +156,7 @@ def _look_up_kernel(
         gdc_wait()
         gdc_launch_dependents()
     if TIMED:
-        note_time(state_ptr + _BEGAN)
+        note_time(state_ptr + _BEGAN + 1)
     n = tl.load(state_ptr + _LENGTH) + 1
     best = tl.zeros([BLOCK], tl.int64)
     for start in range(0, n, BLOCK):

@@ -31,7 +31,7 @@ class CycleResult:
     tokens: list[int]  # accepted drafts and one of the target's own; NO_TOKEN where there is none
     asked: int  # drafts that were asked for
     drafted: int  # and that there were
-    fed: bool  # whether the drafter first read what it had missed
+    feed_seconds: float  # the drafter read what it had missed
     draft_seconds: float
     verify_seconds: float
 
@@ -48,6 +48,7 @@ class DecodeRun:
         self._tokens, self._state = (
             torch.zeros(len(x), dtype=x.dtype, **pinned) for x in (text.tokens, text.state)
         )
+        self._blocks = text.blocks.numpy()
         self._missed = 0  # tokens that the drafter has not read
 
     @torch.inference_mode()
@@ -62,7 +63,7 @@ class DecodeRun:
         the target's cache at the tokens that were yielded, the last one not being in it.
         """
         target, cache = self.target, self.target.cache
-        under_way: deque[tuple[int, bool]] = deque()  # drafts asked for, whether after a feed
+        under_way: deque[tuple[int, int]] = deque()  # drafts asked for, steps to feed before them
         ahead = number = 0  # tokens that those may commit; cycles read
         n = self._begin(tokens, room)
         while room > 0:
@@ -71,15 +72,15 @@ class DecodeRun:
                 if most < 0:
                     break
                 count = min(drafts(), most) if drafts else 0
-                missed = self._missed
-                if count:
-                    count = self._draft(count, n + ahead)
-                self._missed = 0 if count else missed + 1
+                feeds = 0
+                if count and self.drafter:
+                    count, feeds = self._draft(count, n + ahead)
+                self._missed = 0 if count else self._missed + 1
                 target.run(1 + count, n + ahead + count, "cycle")
-                under_way.append((count, count > 0 and missed > 0))
+                under_way.append((count, feeds))
                 ahead += 1 + count
-            asked, fed = under_way.popleft()
-            result = self._read(number, asked, fed)
+            asked, feeds = under_way.popleft()
+            result = self._read(number, asked, feeds)
             number += 1
             ahead -= 1 + asked
             n += len(result.tokens)
@@ -106,39 +107,40 @@ class DecodeRun:
         state = self._state.numpy()
         state[words.LENGTH], state[words.DRAFT_LENGTH], state[words.FOUND] = length, read, ROWS
         text.state.copy_(self._state, non_blocking=True)
-        text.blocks.fill_(words.OPEN)
+        self._blocks.fill(words.OPEN)
         return n
 
-    def _draft(self, count: int, n: int) -> int:
-        """Enqueue the steps of the drafter after up to n committed tokens; how many drafts come."""
+    def _draft(self, count: int, n: int) -> tuple[int, int]:
+        """Enqueue the steps of the drafter after up to n committed tokens; how many drafts come,
+        and how many steps fed what it had missed.
+        """
         drafter = self.drafter
-        if drafter is None:  # they are looked up
-            return count
         feeds = -(-self._missed // ROWS)
         room = drafter.cache.capacity
         count = min(count, room - n + 1)  # the last draft is not fed
         if count < 1 or (feeds and n - 2 + ROWS > room):
-            return 0
+            return 0, 0
         for _ in range(feeds):
             drafter.run(ROWS, n - 2 + ROWS, "feed")
         drafter.run(2, n, "draft")
         for i in range(1, count):
             drafter.run(1, n + i, "draft")
-        return count
+        return count, feeds
 
-    def _read(self, number: int, asked: int, fed: bool) -> CycleResult:
-        line = self.target.text.blocks[number % words.SLOTS].numpy()
-        while (line == words.OPEN).any():  # written by the cycle's last kernel, over the bus
+    def _read(self, number: int, asked: int, feeds: int) -> CycleResult:
+        line = self._blocks[number % words.SLOTS]
+        block = line.tolist()
+        while words.OPEN in block:  # written by the cycle's last kernel, over the bus
             if self.target.x.is_cuda:
                 torch.cuda.current_stream().query()  # raises if a kernel failed
-        tokens = [int(token) for token in line[: 1 + asked] if token != words.NONE]
-        drafted, drafting, verifying = line[words.DRAFTS : words.DRAFTS + 3].tolist()
-        line[:] = words.OPEN
+            block = line.tolist()
+        line.fill(words.OPEN)
+        feed, draft, verify = (max(ns, 0) * 1e-9 for ns in block[words.TIMES : words.TIMES + 3])
         return CycleResult(
-            tokens=tokens,
+            tokens=[token for token in block[: 1 + asked] if token != words.NONE],
             asked=asked,
-            drafted=drafted,
-            fed=fed and self.drafter is not None,
-            draft_seconds=max(drafting, 0) * 1e-9,
-            verify_seconds=max(verifying, 0) * 1e-9,
+            drafted=block[words.DRAFTS],
+            feed_seconds=feeds * feed,
+            draft_seconds=draft if asked else 0.0,
+            verify_seconds=verify,
         )

@@ -107,13 +107,13 @@ class IncrementalDecoder:
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False) -> None:
         vocabulary = tokenizer.vocabulary
         self._token_bytes, self._drops_space = vocabulary.token_bytes, vocabulary.drops_space
+        self._known = range(len(self._token_bytes))
         self._skipped = vocabulary.special if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, *ids: int) -> str:
         """The text that these ids make certain; "" inside a character."""
-        known = range(len(self._token_bytes))
-        kept = [self._token_bytes[i] for i in ids if i in known and i not in self._skipped]
+        kept = [self._token_bytes[i] for i in ids if i in self._known and i not in self._skipped]
         return self._emit(self._utf8.decode(b"".join(kept)))
 
     def flush(self) -> str:
