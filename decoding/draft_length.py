@@ -10,6 +10,7 @@ probes and no more.
 
 import math
 from collections import deque
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import median_low
 
@@ -33,7 +34,7 @@ class FixedDraftLength:
     def next(self) -> int:
         return self.most
 
-    def observe(self, cycle: Cycle) -> None:
+    def observe(self, cycle: Cycle, *, hurried: bool = False) -> None:
         pass
 
 
@@ -43,7 +44,8 @@ class AutoDraftLength:
 
     While drafting does not pay, plain cycles come in runs, and a probe ends each of them, of the
     length that would be best. What it loses, that run makes good: `idle` cycles from now on will
-    certainly not draft.
+    certainly not draft. Who is `hurried`, as a small model's cycle takes a GPU less time than the
+    host takes for all this, thinks again every eighth.
     """
 
     most = MAX_DRAFT_LENGTH
@@ -51,6 +53,7 @@ class AutoDraftLength:
     CREDIT = 1.5  # plain steps that probes may lose at once: one bad guess decides nothing
     SHARE = 0.018  # of the time, that they may lose beyond; the promise is 3 % in all
     LONGEST_RUN = 128  # of plain cycles: by then old measurements have expired
+    REACHED = 0.01  # what comes behind drafts that so seldom all hold is not worth a thought
 
     def __init__(self) -> None:
         self._acceptance, self._cost = Acceptance(), CycleCost()
@@ -68,7 +71,7 @@ class AutoDraftLength:
         self._under_way.append(length)
         return length
 
-    def observe(self, cycle: Cycle) -> None:
+    def observe(self, cycle: Cycle, *, hurried: bool = False) -> None:
         asked = self._under_way.popleft() > 0
         self._cost.observe(cycle)
         if not asked:
@@ -78,7 +81,8 @@ class AutoDraftLength:
             self._paid = self._charge(cycle)
         if cycle.asked:
             self._acceptance.observe(cycle)
-        self._choose()
+        if not (hurried and self._pays and self._cost.cycles > 16 and self._cost.cycles % 8):
+            self._choose()
 
     def _charge(self, probe: Cycle) -> bool:
         """Put down what a probe lost; whether it paid, but for catching up."""
@@ -107,16 +111,20 @@ class AutoDraftLength:
 
     def _choose(self) -> None:
         """The best length to draft, and whether it pays."""
-        # Plain lists: at this size NumPy takes 75 µs a cycle, several per cent of a small model's.
+        # Plain numbers: at this size NumPy takes 75 µs, several per cent of a small model's cycle.
         verify_seconds = self._cost.verify_seconds()
         first, further = self._cost.draft_seconds()
-        rates, tokens, reached = [0.0], 1.0, 1.0
-        for length, acceptance in enumerate(self._acceptance.rates(), start=1):
+        best, tokens, reached = 0.0, 1.0, 1.0
+        lengths = range(1, len(verify_seconds))
+        for length, acceptance in zip(lengths, self._acceptance.rates(), strict=False):
             reached *= acceptance
             tokens += reached
-            rates.append(tokens / (first + (length - 1) * further + verify_seconds[length]))
-        self._length = max(range(1, self._cost.horizon + 1), key=rates.__getitem__)
-        promise = rates[self._length] * self._cost.plain_seconds
+            rate = tokens / (first + (length - 1) * further + verify_seconds[length])
+            if rate > best:
+                best, self._length = rate, length
+            if reached < self.REACHED:
+                break
+        promise = best * self._cost.plain_seconds
         self._pays = promise > self.MARGIN and first > 0  # before a draft was timed all is hope
 
 
@@ -150,12 +158,12 @@ class Acceptance:
                 self._accepted[i] *= self.FADED / weight
                 self._tested[i] = self.FADED
 
-    def rates(self) -> list[float]:
-        rates, weight = [0.0], 0.0
+    def rates(self) -> Iterator[float]:
+        rate, weight = 0.0, 0.0
         for accepted, tested in zip(self._accepted, self._tested, strict=True):
-            rates.append((accepted + weight * rates[-1]) / (tested + weight))
+            rate = (accepted + weight * rate) / (tested + weight)
             weight = self.BORROWED
-        return rates[1:]
+            yield rate
 
 
 class CycleCost:
@@ -175,7 +183,7 @@ class CycleCost:
     def __init__(self) -> None:
         self._plain: deque[float] = deque(maxlen=9)
         self._last_plain = 0  # cycle
-        self._moments: tuple[float, ...] = ()  # means of n, s, n², n·s: n drafts took s seconds
+        self._moments: Sequence[float] = ()  # means of n, s, n², n·s: n drafts took s seconds
         self._verify: dict[int, tuple[float, int]] = {}  # drafts -> (seconds, cycle of last use)
         self.cycles = 0
 
@@ -205,9 +213,7 @@ class CycleCost:
             n, s = cycle.asked, max(cycle.draft_seconds, 1e-9)
             new = n, s, n * n, n * s
             pairs = zip(self._moments or new, new, strict=True)
-            self._moments = tuple(mean + self.WEIGHT * (x - mean) for mean, x in pairs)
-        oldest = self.cycles - self.EXPIRY
-        self._verify = {n: entry for n, entry in self._verify.items() if entry[1] > oldest}
+            self._moments = [mean + self.WEIGHT * (x - mean) for mean, x in pairs]
 
     def draft_seconds(self) -> tuple[float, float]:
         """Of the first draft, which on a GPU begins a run, and of each further one."""
@@ -220,7 +226,9 @@ class CycleCost:
         return s - (n - 1) * further, further
 
     def verify_seconds(self) -> list[float]:
-        """t_verify(γ) for γ = 0 … MAX_DRAFT_LENGTH."""
+        """t_verify(γ) for γ = 0 … `horizon`."""
+        oldest = self.cycles - self.EXPIRY
+        self._verify = {n: entry for n, entry in self._verify.items() if entry[1] > oldest}
         measured = [0, *sorted(self._verify)]
         seconds = [self.plain_seconds, *(self._verify[drafts][0] for drafts in measured[1:])]
         # More rows never cost less, so a shorter block that seems to cost more was disturbed.
@@ -230,6 +238,6 @@ class CycleCost:
         for (c, s), (d, t) in pairwise(zip(measured, seconds, strict=True)):
             slope = (t - s) / (d - c)
             estimates += [s + slope * i for i in range(d - c)]
-        unknown = range(1, MAX_DRAFT_LENGTH - measured[-1] + 1)
+        unknown = range(1, self.horizon - measured[-1] + 1)
         beyond = [max(last + slope * i, self.UNKNOWN * last) for i in unknown]
         return [*estimates, last, *beyond]

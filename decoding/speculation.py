@@ -138,11 +138,12 @@ class SpeculativeDecoder(PlainDecoder):
 
     def step(self, tokens: list[int], room: int) -> list[int]:
         """One cycle."""
-        cycle, block = (self._await if self._by_device else self._drive)(tokens, room)
+        cycle, block, waited = (self._await if self._by_device else self._drive)(tokens, room)
+        self._length.observe(cycle, hurried=not waited)
         self._record(cycle)
         return block
 
-    def _drive(self, tokens: list[int], room: int) -> tuple[Cycle, list[int]]:
+    def _drive(self, tokens: list[int], room: int) -> tuple[Cycle, list[int], bool]:
         """Propose, verify, accept, roll back."""
         start = caught_up = self.clock()
         drafts, q_NV = [], None
@@ -170,9 +171,9 @@ class SpeculativeDecoder(PlainDecoder):
             catch_up_seconds=caught_up - start,
             draft_seconds=drafted - caught_up,
             verify_seconds=verify_seconds or self.clock() - drafted,
-        ), block
+        ), block, True
 
-    def _await(self, tokens: list[int], room: int) -> tuple[Cycle, list[int]]:
+    def _await(self, tokens: list[int], room: int) -> tuple[Cycle, list[int], bool]:
         """What came of the cycle that the device has worked on since the last one."""
         if self._results is None:
             # Through `self` a run would keep its own decoder alive.
@@ -194,7 +195,7 @@ class SpeculativeDecoder(PlainDecoder):
             catch_up_seconds=result.feed_seconds,
             draft_seconds=result.draft_seconds,
             verify_seconds=result.verify_seconds,
-        ), block
+        ), block, result.waited
 
     def statistics(self, committed: int) -> SpeculationStatistics:
         touched, passes = self.engine.expert_counts()
@@ -211,7 +212,6 @@ class SpeculativeDecoder(PlainDecoder):
         return drafts, q_NV
 
     def _record(self, cycle: Cycle) -> None:
-        self._length.observe(cycle)
         self._cycles.append(cycle)
         self._tried += cycle.drafted > 0
         self._held += cycle.accepted > 0

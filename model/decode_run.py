@@ -31,6 +31,7 @@ class CycleResult:
     tokens: list[int]  # accepted drafts and one of the target's own; NO_TOKEN where there is none
     asked: int  # drafts that were asked for
     drafted: int  # and that there were
+    waited: bool  # the host for the device, which else is done before anybody asks
     feed_seconds: float  # the drafter read what it had missed
     draft_seconds: float
     verify_seconds: float
@@ -51,7 +52,6 @@ class DecodeRun:
         self._blocks = text.blocks.numpy()
         self._missed = 0  # tokens that the drafter has not read
 
-    @torch.inference_mode()
     def cycles(
         self, tokens: Sequence[int], room: int, drafts: Callable[[], int] | None = None
     ) -> Iterator[CycleResult]:
@@ -130,6 +130,7 @@ class DecodeRun:
     def _read(self, number: int, asked: int, feeds: int) -> CycleResult:
         line = self._blocks[number % words.SLOTS]
         block = line.tolist()
+        waited = words.OPEN in block
         while words.OPEN in block:  # written by the cycle's last kernel, over the bus
             if self.target.x.is_cuda:
                 torch.cuda.current_stream().query()  # raises if a kernel failed
@@ -140,6 +141,7 @@ class DecodeRun:
             tokens=[token for token in block[: 1 + asked] if token != words.NONE],
             asked=asked,
             drafted=block[words.DRAFTS],
+            waited=waited,
             feed_seconds=feeds * feed,
             draft_seconds=draft if asked else 0.0,
             verify_seconds=verify,
