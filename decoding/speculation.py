@@ -165,13 +165,17 @@ class SpeculativeDecoder(PlainDecoder):
             else:
                 block = verify_rejection(logits_TV, drafts, q_NV, self.sampler, len(tokens))
         self.cache.rollback(len(tokens) + len(block) - 1)
-        return Cycle(
-            drafted=len(drafts),
-            accepted=len(block) - 1,
-            catch_up_seconds=caught_up - start,
-            draft_seconds=drafted - caught_up,
-            verify_seconds=verify_seconds or self.clock() - drafted,
-        ), block, True
+        return (
+            Cycle(
+                drafted=len(drafts),
+                accepted=len(block) - 1,
+                catch_up_seconds=caught_up - start,
+                draft_seconds=drafted - caught_up,
+                verify_seconds=verify_seconds or self.clock() - drafted,
+            ),
+            block,
+            True,
+        )
 
     def _await(self, tokens: list[int], room: int) -> tuple[Cycle, list[int], bool]:
         """What came of the cycle that the device has worked on since the last one."""
@@ -188,14 +192,18 @@ class SpeculativeDecoder(PlainDecoder):
         block = [checked(token, len(tokens) + i) for i, token in enumerate(result.tokens)]
         if not self._looks_up:
             self._drafter.extend(block)
-        return Cycle(
-            drafted=result.drafted,
-            accepted=len(block) - 1,
-            absent=result.asked - result.drafted,
-            catch_up_seconds=result.feed_seconds,
-            draft_seconds=result.draft_seconds,
-            verify_seconds=result.verify_seconds,
-        ), block, result.waited
+        return (
+            Cycle(
+                drafted=result.drafted,
+                accepted=len(block) - 1,
+                absent=result.asked - result.drafted,
+                catch_up_seconds=result.feed_seconds,
+                draft_seconds=result.draft_seconds,
+                verify_seconds=result.verify_seconds,
+            ),
+            block,
+            result.waited,
+        )
 
     def statistics(self, committed: int) -> SpeculationStatistics:
         touched, passes = self.engine.expert_counts()

