@@ -19,6 +19,7 @@ is its definition.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -32,13 +33,14 @@ ENDINGS = ("asked", "feed", "draft", "cycle")
 MOST = 16  # rows of a verify
 SLOTS, LINE = 8, 32  # blocks that the host may be behind, and the words of one
 OPEN, NONE = -1, -3  # a word that was not written yet, and one behind the end of a block
-DRAFTS, TIMES = MOST, MOST + 1  # words of a block behind its tokens; ns of STAMPS
+DRAFTS, TOUCHED, TIMES = MOST, MOST + 1, MOST + 2  # words of a block behind its tokens: drafts that
+# there were, experts that the layers' rows touched together, ns of STAMPS
 # Words of the state: lengths of the target's cache and of the drafter's, aligned like any buffer;
 # drafts that there are, cycles so far, rows that have ended, when each of STAMPS began.
 LENGTH, DRAFT_LENGTH, FOUND, CYCLE, TICKET, BEGAN = 0, 4, 8, 9, 10, 11
 STAMPS = ("feed", "draft", "cycle")  # the last feed, all steps that draft, the verify
 _MOST, _SLOTS, _LINE, _NONE = (tl.constexpr(x) for x in (MOST, SLOTS, LINE, NONE))
-_DRAFTS, _TIMES, _BEGAN = (tl.constexpr(x) for x in (DRAFTS, TIMES, BEGAN))
+_DRAFTS, _TOUCHED, _TIMES, _BEGAN = (tl.constexpr(x) for x in (DRAFTS, TOUCHED, TIMES, BEGAN))
 _LENGTH, _DRAFT_LENGTH, _FOUND = (tl.constexpr(x) for x in (LENGTH, DRAFT_LENGTH, FOUND))
 _CYCLE, _TICKET = (tl.constexpr(x) for x in (CYCLE, TICKET))
 
@@ -82,7 +84,10 @@ def note_time(ptr):
 
 
 @triton.jit
-def _accept(token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, T, TIMED: tl.constexpr):
+def _accept(
+    token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr, T,
+    LAYERS: tl.constexpr, EXPERTS: tl.constexpr, TIMED: tl.constexpr,
+):  # fmt: skip
     """All rows have chosen, the last one this token: commit, set lengths back, publish."""
     word = tl.arange(0, _LINE)
     n = tl.load(state_ptr + _LENGTH) + 1
@@ -97,6 +102,10 @@ def _accept(token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, T, TIMED: t
     accepted = tl.min(tl.where((word < drafts) & (draft == choice), _LINE, word), axis=0)
     line = tl.where(word <= accepted, choice, _NONE)
     line = tl.where(word == _DRAFTS, drafts, line)
+    touched = 0
+    for layer in tl.static_range(LAYERS):
+        touched += tl.load(experts_ptr + layer * EXPERTS)
+    line = tl.where(word == _TOUCHED, touched, line)
     if TIMED:
         began = globaltimer().to(tl.int32)
         for i in tl.static_range(2, -1, -1):
@@ -113,8 +122,8 @@ def _accept(token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, T, TIMED: t
 
 @triton.jit
 def finish(
-    token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, END: tl.constexpr,
-    TIMED: tl.constexpr,
+    token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr,
+    END: tl.constexpr, LAYERS: tl.constexpr, EXPERTS: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     """Write a row's token, a program's; once all rows have theirs, end the step."""
     T = tl.num_programs(0)
@@ -124,7 +133,10 @@ def finish(
         if T > 1:
             before = arrive(state_ptr + _TICKET)
         if before == T - 1:
-            _accept(token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, T, TIMED)
+            _accept(
+                token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr, T,
+                LAYERS, EXPERTS, TIMED,
+            )  # fmt: skip
     elif END != "asked":  # noqa: SIM102 - the first is known when compiling, the second is not
         if row == T - 1:
             read = tl.load(state_ptr + _DRAFT_LENGTH) + T
@@ -140,11 +152,18 @@ def has_clock(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def ending(text: Text | None, end: str) -> tuple[Tensor | None, ...]:
-    """The arguments of a kernel that ends a step."""
+def ending(
+    text: Text | None, end: str, experts: Tensor | None, chosen_M: Tensor
+) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    """What a kernel that ends a step takes: tensors and constants.
+
+    `experts` int32 [layers, …] says first how many a layer's rows touch.
+    """
+    timed = has_clock(chosen_M)
     if text is None or end == "asked":
-        return None, None, None
-    return text.tokens, text.state, text.blocks
+        return (None,) * 4, ("asked", 0, 0, timed)
+    layers, words = (0, 0) if experts is None or end != "cycle" else experts.shape
+    return (text.tokens, text.state, text.blocks, experts), (end, layers, words, timed)
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from draftnorm.kernels.cycle import Text, ending, finish, has_clock, note_time
+from draftnorm.kernels.cycle import Text, ending, finish, note_time
 from draftnorm.kernels.decode_norm import SQUARES, square_sums
 
 NO_TOKEN = -2  # neither of the marks of kernels/cycle.py
@@ -70,16 +70,19 @@ def best_token(best_ptr, best_id_ptr, row, C: tl.constexpr, BLOCK_C: tl.constexp
 
 @triton.jit
 def _choose_kernel(
-    chosen_ptr, best_ptr, best_id_ptr, text_ptr, state_ptr, blocks_ptr,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, END: tl.constexpr, TIMED: tl.constexpr,
-    PDL: tl.constexpr,
+    chosen_ptr, best_ptr, best_id_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, END: tl.constexpr, LAYERS: tl.constexpr,
+    EXPERTS: tl.constexpr, TIMED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0)
     token = best_token(best_ptr, best_id_ptr, row, C, BLOCK_C)
-    finish(token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, END, TIMED)
+    finish(
+        token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr,
+        END, LAYERS, EXPERTS, TIMED,
+    )  # fmt: skip
 
 
 def embed(
@@ -121,15 +124,16 @@ def choose(
     pdl: dict[str, bool],
     text: Text | None = None,
     end: str = "asked",
+    experts: Tensor | None = None,
 ) -> None:
     """Launch: the best token of each row from the best of each tile, int32 [M].
 
-    With a text it is the end of a step: one of ENDINGS.
+    With a text it is the end of a step: one of ENDINGS, a cycle with the `experts` it touched.
     """
     C = triton.cdiv(vocabulary, tile_rows)
+    tensors, constants = ending(text, end, experts, chosen_M)
     _choose_kernel[(rows,)](
-        chosen_M, *best, *ending(text, end),
-        C, triton.next_power_of_2(C), end, has_clock(chosen_M), **pdl,
+        chosen_M, *best, *tensors, C, triton.next_power_of_2(C), *constants, **pdl,
     )  # fmt: skip
 
 

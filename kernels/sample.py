@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from draftnorm.kernels.cycle import Text, ending, finish, has_clock
+from draftnorm.kernels.cycle import Text, ending, finish
 from draftnorm.kernels.head import NO_TOKEN, best_of, best_token
 
 WARPS, GROUP = 32, 64  # warps of _decide, tiles of a block of its passes
@@ -148,10 +148,11 @@ def _ahead(
 
 @triton.jit(do_not_specialize=["T"])
 def _decide_kernel(
-    chosen_ptr, text_ptr, state_ptr, blocks_ptr,
+    chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr,
     best_ptr, best_id_ptr, scores_ptr, noisy_ptr, largest_ptr, live_ptr, settings_ptr, T,
     V: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr,
-    END: tl.constexpr, TIMED: tl.constexpr, PDL: tl.constexpr,
+    END: tl.constexpr, LAYERS: tl.constexpr, EXPERTS: tl.constexpr, TIMED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -210,7 +211,10 @@ def _decide_kernel(
             kept &= (top_p >= 1.0) | (before < top_p * mass)
             kept |= leader == V  # the first is always kept, also where infinities make NaN
             token = tl.where(kept, token, leader)
-    finish(token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, END, TIMED)
+    finish(
+        token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr,
+        END, LAYERS, EXPERTS, TIMED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,13 +273,14 @@ def sample(
     pdl: dict[str, bool],
     text: Text | None = None,
     end: str = "asked",
+    experts: Tensor | None = None,
 ) -> None:
     """Launch: fp32 logits [M, V] -> the token after each row, int32 [M], or NO_TOKEN where they
     hold NaN, infinity or nothing finite. Nothing is allocated; V alone decides what is compiled.
 
     Row m stands at positions_M[m] (int32) and its token at the next one; it belongs to sequence
-    m // rows_per_sequence, whose settings (int64 [B, 7], `pack_settings`) hold. `text` and `end`
-    are those of `head.choose`.
+    m // rows_per_sequence, whose settings (int64 [B, 7], `pack_settings`) hold. `text`, `end`
+    and `experts` are those of `head.choose`.
     """
     V, tile = logits_MV.shape[1], workspace.tile
     C = triton.cdiv(V, tile)
@@ -284,9 +289,10 @@ def sample(
         *scored, logits_MV, positions_M, settings_BW, rows_per_sequence, V, tile,
         num_warps=1, **pdl,
     )  # fmt: skip
+    tensors, constants = ending(text, end, experts, chosen_M)
     _decide_kernel[(rows,)](
-        chosen_M, *ending(text, end), *scored, workspace.live_MC, settings_BW, rows_per_sequence,
-        V, tile, GROUP, triton.next_power_of_2(C), end, has_clock(chosen_M), num_warps=WARPS, **pdl,
+        chosen_M, *tensors, *scored, workspace.live_MC, settings_BW, rows_per_sequence,
+        V, tile, GROUP, triton.next_power_of_2(C), *constants, num_warps=WARPS, **pdl,
     )  # fmt: skip
 
 

@@ -87,7 +87,6 @@ class DecodeRun:
             room -= len(result.tokens)
             cache.lengths[0] = n - 1
             target.passes += 1
-            target.alone += not asked
             target.under_way = bool(under_way)
             yield result
 
@@ -136,6 +135,7 @@ class DecodeRun:
                 torch.cuda.current_stream().query()  # raises if a kernel failed
             block = line.tolist()
         line.fill(words.OPEN)
+        self.target.touched_by_cycles += block[words.TOUCHED]
         feed, draft, verify = (max(ns, 0) * 1e-9 for ns in block[words.TIMES : words.TIMES + 3])
         return CycleResult(
             tokens=[token for token in block[: 1 + asked] if token != words.NONE],

@@ -122,7 +122,7 @@ class DecodeStep:
         # A line a sparse layer, aligned: how many experts its rows touch, and which.
         self.experts = buffer(len(self.sparse), -(-(1 + E) // 4) * 4, dtype=int32)
         self.experts_touched = buffer(len(self.sparse), dtype=int32)  # by all forward calls
-        self.passes = self.alone = 0  # through the layers, and by how many tokens alone
+        self.touched_by_cycles = self.passes = 0  # the latter by both
         # Pinned, so that a kernel can write it; -1 marks a token that is not there yet.
         pinned = dict(dtype=int32, pin_memory=device.type == "cuda")
         self.choices = torch.full((M,), -1, **pinned)
@@ -238,8 +238,8 @@ class DecodeStep:
 
     def expert_counts(self) -> tuple[int, int]:
         """Experts touched by the steps so far, and the layers that touched them (once a step)."""
-        alone = self.alone * len(self.sparse) * self.config.experts_per_token
-        return int(self.experts_touched.sum()) + alone, self.passes * len(self.sparse)
+        touched = int(self.experts_touched.sum()) + self.touched_by_cycles
+        return touched, self.passes * len(self.sparse)
 
     def _tell(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
         """Copy tokens and lengths to the device: from here on a step is under way."""
@@ -321,9 +321,9 @@ class DecodeStep:
         head_VD = model.head_VD()[: self.vocabulary]
         self._project("head", logits, self.x, head_VD, rows, "argmax", best=self.best,
                       norm=model.model.norm)  # fmt: skip
-        if self.sparse and (told or (end == "cycle" and T > 1)):
+        if self.sparse and told:
             self.experts_touched.add_(self.experts[:, 0])
-        ending = dict(rows=rows, pdl=self.pdl, text=text, end=end)
+        ending = dict(rows=rows, pdl=self.pdl, text=text, end=end, experts=self.experts)
         choices = self.choices if told else self.aside
         if self.settings is None:
             tile_rows = self.tilings["head"].rows

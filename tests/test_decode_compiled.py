@@ -16,7 +16,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from draftnorm.kernels import decode_attention, decode_experts, decode_norm, head, projection
+from draftnorm.kernels import (
+    cycle,
+    decode_attention,
+    decode_experts,
+    decode_norm,
+    head,
+    projection,
+)
 from draftnorm.model import decode_step
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
@@ -31,6 +38,7 @@ KERNELS = [
     (decode_norm, "_normalize_kernel"),
     (head, "_embed_kernel"),
     (head, "_choose_kernel"),
+    (cycle, "_look_up_kernel"),
 ]
 # A one-block prologue everywhere; loops over K, a router and experts.
 SMALL = dict(
@@ -120,7 +128,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
 def make_step(config: dict) -> decode_step.DecodeStep:
     model = Transformer(ModelConfig(**config), device="meta", dtype=torch.bfloat16)
     cache = KVCache(model.config, capacity=64, device="meta", dtype=torch.bfloat16)
-    return decode_step.DecodeStep(model, cache, rows=64)
+    return decode_step.DecodeStep(model, cache, rows=64, ngrams=range(1, 9))
 
 
 @pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
@@ -155,8 +163,10 @@ def test_one_kernel_for_each_layer_shape(config: dict, launches: list[Launch]) -
 @pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
 def test_nothing_mutable_is_touched_before_the_wait(config: dict, launches: list[Launch]) -> None:
     step = make_step(config)
-    step.launch(1, 2, "cycle")
-    step.launch(16, 2)
+    for end in cycle.ENDINGS:
+        step.launch(1, 2, end)
+        step.launch(16, 2, end)
+    assert "_look_up_kernel" in {launch.kernel.__name__ for launch in launches}
     early = 0
     for launch in dict.fromkeys(launches):
         runtime = [name for name, kind in launch.types if kind != "constexpr"]

@@ -399,7 +399,7 @@ def test_a_step_whose_last_kernel_may_run_is_waited_for_before_its_memory_goes(
     launches, monkeypatch
 ) -> None:
     waits: list[bool] = []
-    monkeypatch.setattr(decode_step.DecodeStep, "_synchronize", lambda _: waits.append(True))
+    monkeypatch.setattr(decode_step.DecodeStep, "synchronize", lambda _: waits.append(True))
     step = make_step("1B")
     del step
     assert not waits

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from draftnorm.decoding.noise import DRAFT, EXACT, Noise
 from draftnorm.decoding.sampling import Sampler, SamplingConfig, warp
+from draftnorm.kernels.cycle import DRAFT_LENGTH, Text
 from draftnorm.kernels.head import NO_TOKEN, best_of
 from draftnorm.kernels.sample import (
     SampleWorkspace,
@@ -163,17 +164,17 @@ def test_no_token_is_marked_and_stays_in_its_row(config: dict) -> None:
 
 
 @needs_run_time_loops
-def test_a_plain_step_moves_its_sequences_on() -> None:
-    logits_MV = make_rows(3)
-    logits_MV[2, 0] = math.nan
-    tokens, lengths = (torch.tensor(row, dtype=torch.int32) for row in ([9, 9, 9], [4, 7, 5]))
-    ring = torch.full((3, 4), -1, dtype=torch.int32)
-    settings = [dict(temperature=1.0, seed=b, stream=DRAFT) for b in range(3)]
-    first, second, broken = draw(logits_MV, [5, 8, 6], settings, advance=(tokens, lengths, ring))
-    assert broken == NO_TOKEN
-    assert tokens.tolist() == [first, second, 0]  # what the next step looks up must exist
-    assert lengths.tolist() == [5, 8, 6]
-    assert ring.tolist() == [[-1, first, -1, -1], [second, -1, -1, -1], [-1, -1, NO_TOKEN, -1]]
+def test_a_drafter_s_step_leaves_its_last_row_s_token_in_the_text() -> None:
+    logits_MV = make_rows(2)
+    text = Text.allocate(16, torch.device("cpu"))
+    text.state[DRAFT_LENGTH] = 4
+    settings = [dict(temperature=1.0, stream=DRAFT)]
+    _, token = draw(logits_MV, [5, 6], settings, text=text, end="draft")
+    assert text.tokens.tolist()[5:8] == [0, token, 0]
+    assert text.state[DRAFT_LENGTH] == 6
+    logits_MV[1, 0] = math.nan
+    assert draw(logits_MV, [7, 8], settings, text=text, end="draft")[1] == NO_TOKEN
+    assert text.tokens[8] == 0  # what the next step looks up must exist
 
 
 @triton.jit

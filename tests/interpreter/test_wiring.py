@@ -7,16 +7,17 @@ import dataclasses
 import gc
 import weakref
 from functools import partial
-from itertools import repeat
 
 import pytest
 import torch
 from decode_support import needs_run_time_loops
+from fake_model import ScriptedDrafter, fake_tokenizer
 
 from draftnorm.decoding import drafters, generation
 from draftnorm.decoding.generation import generate
 from draftnorm.decoding.sampling import Sampler, SamplingConfig
 from draftnorm.decoding.speculation import speculate
+from draftnorm.kernels.cycle import LENGTH
 from draftnorm.model import open_step
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.decode_step import DecodeStep
@@ -40,8 +41,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[DecodeStep]:
     """The steps that decoders opened, in order."""
     opened: list[DecodeStep] = []
 
-    def opened_step(model, cache, *, vocabulary=None, settings=None, **_) -> DecodeStep:
-        opened.append(DecodeStep(model, cache, vocabulary=vocabulary, settings=settings))
+    def opened_step(model, cache, *, blocks=(), run=(), lengths, progress, **own) -> DecodeStep:
+        opened.append(DecodeStep(model, cache, **own))
         return opened[-1]
 
     monkeypatch.setattr(generation, "open_step", opened_step)
@@ -72,15 +73,35 @@ def test_plain_and_speculative_are_the_readable_path(temperature: float, request
         assert run.result().speculation.acceptance_rate == 1.0
 
 
-def test_a_first_run_that_need_not_be_long_ends_with_what_is_under_way(request) -> None:
+def test_a_drafter_of_ones_own_is_driven_by_the_host(request) -> None:
     target, options = tiny(1), dict(max_new_tokens=9)
     expected, lengths = readable(target, **options)
-    request.getfixturevalue("steps")
-    clock = repeat(0.0).__next__  # a lone step costs no more than another
-    run = speculate(target, None, PROMPT, draft="ngram", clock=clock, **options)
+    steps = request.getfixturevalue("steps")
+    drafter = ScriptedDrafter(lambda tokens, n: list(expected[len(tokens) - len(PROMPT) :][:n]))
+    run = speculate(target, None, PROMPT, draft=drafter, draft_length=3, **options)
     assert run.result().token_ids == expected
     assert run.decoder.cache.lengths == lengths
-    assert [cycle.drafted > 0 for cycle in run.decoder._cycles][:5] == [False] * 4 + [True]
+    assert run.result().speculation.acceptance_rate == 1.0
+    plain = speculate(target, None, PROMPT, draft=ScriptedDrafter(lambda *_: []), **options)
+    assert plain.result().token_ids == expected
+    assert steps[1].under_way is False
+
+
+def test_a_draft_that_cannot_read_a_token_is_asked_no_more(request) -> None:
+    target, draft = tiny(1, vocab_size=40), tiny(2, vocab_size=33)
+    with torch.no_grad():
+        target.lm_head.weight[34] *= 3  # padding of the target's, which it says now and then
+    options = dict(max_new_tokens=NEW)
+    expected, _ = readable(target, **options)
+    assert 34 in expected[:-1]
+    request.getfixturevalue("steps")
+    tokenizer = fake_tokenizer([f"<{i}>" for i in range(32)])
+    run = speculate(target, tokenizer, PROMPT, draft=draft, draft_length=2, **options)
+    run.decoder._drafter.lost = False
+    assert run.result().token_ids == expected
+    first = expected.index(34)
+    asked = [cycle.asked for cycle in run.decoder._cycles]
+    assert asked[0] == 2 and not any(asked[first + 3 :]) and run.decoder._drafter.lost
 
 
 def test_experts_are_counted_as_on_the_readable_path(request) -> None:
@@ -114,7 +135,7 @@ def test_an_early_end_leaves_the_cache_as_the_readable_path_does(request) -> Non
     steps = request.getfixturevalue("steps")
     run = generate(model, None, PROMPT, max_new_tokens=NEW)
     assert (run.result().token_ids, run.decoder.cache.lengths) == expected
-    assert steps[0].lengths.tolist()[0] > expected[1][0]  # the device had gone on
+    assert steps[0].text.state[LENGTH] > expected[1][0]  # the device had gone on
     closed = generate(model, None, PROMPT, max_new_tokens=NEW, ignore_eos=True)
     next(closed), next(closed)
     closed.close()
@@ -220,7 +241,7 @@ def test_nothing_outlives_a_generation(end: str, steps: list[DecodeStep]) -> Non
                 with pytest.raises(ValueError, match="NaN"):
                     run.result()
             owned = [weakref.ref(run), weakref.ref(run.decoder)]
-            owned += [weakref.ref(x) for step in steps for x in (step, step.cache, step.ring)]
+            owned += [weakref.ref(x) for step in steps for x in (step, step.cache, step.text.state)]
             steps.clear()
             del run
             assert [ref() for ref in owned] == [None] * len(owned)
