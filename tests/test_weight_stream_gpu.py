@@ -140,7 +140,8 @@ def model(request: pytest.FixtureRequest) -> Transformer:
     model = Transformer(config, device="cuda", dtype=BF16).init_weights(seed=1)
     for norm in NORMS:  # compile all that the tests launch, side by side
         step = DecodeStep(model, new_cache(model), rows=40, norm=norm)
-        step.prepare([1, 5, 40], [1], range(1, 2))
+        shapes = [(1, "asked"), (5, "asked"), (40, "asked"), (1, "cycle")]
+        step.prepare(shapes, range(1, 2))
     return model
 
 
