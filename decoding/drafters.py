@@ -121,6 +121,8 @@ class ModelDrafter:
         progress: Progress | None = None,
     ) -> None:
         self._model, self._sampler, self._stream = model, sampler, stream
+        if text is not None and text.tokens.device != model.device:
+            text = None  # the host then carries tokens from one device to the other
         self._context = min(model.config.context, capacity)
         self._cache = model.new_cache(self._context)
         self.engine = open_step(

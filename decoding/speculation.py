@@ -33,7 +33,6 @@ from draftnorm.decoding.sampling import checked
 from draftnorm.decoding.statistics import Cycle, SpeculationStatistics
 from draftnorm.decoding.verification import ACCEPTANCE, verify_exact, verify_rejection
 from draftnorm.model.decode_run import CycleResult, DecodeRun
-from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.tokenizer import Tokenizer
 from draftnorm.model.transformer import Transformer
 
@@ -115,7 +114,8 @@ class SpeculativeDecoder(PlainDecoder):
         self._by_device = self._run is not None and "blocks" not in ways
         if not hasattr(drafter, "propose"):
             drafter = drafter(text=self.engine.text if self._by_device else None)
-            self._by_device &= isinstance(drafter.engine, DecodeStep)
+            if self._by_device:
+                self._by_device = getattr(drafter.engine, "text", None) is self.engine.text
             if drafter.engine.compile_seconds is not None:
                 self.compile_seconds = (self.compile_seconds or 0) + drafter.engine.compile_seconds
                 self.capture_seconds = (self.capture_seconds or 0) + drafter.engine.capture_seconds
