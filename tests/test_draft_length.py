@@ -32,7 +32,7 @@ def steep(rows: int) -> float:
 
 def simulate(
     length, text: list[float], draft: float, verify: Verify, *, ahead: int = 0,
-    known: list[bool] | None = None, seed: int = 0,
+    known: list[bool] | None = None, hurried: bool = False, seed: int = 0,
 ) -> tuple[float, list[tuple[int, int]]]:  # fmt: skip
     """Decode text whose token i a draft foresees with probability text[i].
 
@@ -63,7 +63,7 @@ def simulate(
         cycles.append((position, asked))
         seconds += cycle.seconds
         position += accepted + 1
-        length.observe(cycle)
+        length.observe(cycle, hurried=hurried)
     return seconds, cycles
 
 
@@ -132,7 +132,7 @@ def seconds_beside_best_fixed(
         def next(self) -> int:
             return 0
 
-        def observe(self, cycle: Cycle) -> None: ...
+        def observe(self, cycle: Cycle, *, hurried: bool) -> None: ...
 
     def total(make: Callable) -> float:
         runs = (simulate(make(), text, draft, verify, ahead=ahead, seed=n) for n in range(seeds))
@@ -262,3 +262,10 @@ def test_cycles_under_way_are_observed_as_what_they_were() -> None:
         asked = told.pop(0)
         assert sum(drafts > 0 for drafts in told) <= 1
         length.observe(Cycle(drafted=asked, accepted=0, draft_seconds=3.0, verify_seconds=1.0))
+
+
+def test_who_is_hurried_thinks_seldom_and_finds_out_all_the_same() -> None:
+    text = [0.95] * 400 + [0.0] * 1000
+    seconds, cycles = simulate(AutoDraftLength(), text, 0.05, flat, ahead=2, hurried=True)
+    assert max(drafts for _, drafts in cycles) == MAX_DRAFT_LENGTH
+    assert seconds < 0.25 * 400 + 1.04 * 1000
