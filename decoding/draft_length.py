@@ -79,8 +79,9 @@ class AutoDraftLength:
             return
         if not self._pays:
             self._paid = self._charge(cycle)
-        if cycle.asked:
-            self._acceptance.observe(cycle)
+        if not cycle.asked:  # no room, or the drafter has fallen silent: nothing is learnt
+            return
+        self._acceptance.observe(cycle)
         if not (hurried and self._pays and self._cost.cycles > 16 and self._cost.cycles % 8):
             self._choose()
 
@@ -126,6 +127,7 @@ class AutoDraftLength:
                 break
         promise = best * self._cost.plain_seconds
         self._pays = promise > self.MARGIN and first > 0  # before a draft was timed all is hope
+        self._paid &= not self._pays
 
 
 class Acceptance:

@@ -58,14 +58,15 @@ class PlainDecoder:
         """
         self.model, self.sampler, self.clock = model, request.sampler, request.clock
         self._progress = request.progress
-        self.cache = model.new_cache(request.longest + slack)
+        self._lengths = range(len(request.prompt_ids), request.longest + slack + 1)
+        self.cache = model.new_cache(self._lengths[-1])
         self.engine = open_step(
             model,
             self.cache,
             blocks=blocks,
             run=[(rows, "cycle") for rows in cycles],
             settings=self.sampler.settings() if cycles else None,
-            lengths=range(len(request.prompt_ids), request.longest + slack + 1),
+            lengths=self._lengths,
             progress=request.progress,
             **drafts,
         )

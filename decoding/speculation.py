@@ -104,7 +104,7 @@ class SpeculativeDecoder(PlainDecoder):
     ) -> None:
         rows = range(1, length.most + 2)  # the last committed token and up to so many drafts
         self._exact = acceptance == "exact"
-        self._looks_up = isinstance(drafter, NgramDrafter)
+        self._looks_up = type(drafter) is NgramDrafter  # whatever else another may do
         if self._exact and (self._looks_up or not hasattr(drafter, "propose")):
             ngrams = drafter.lengths if self._looks_up else None
             ways = dict(cycles=rows, ngrams=ngrams)
@@ -114,13 +114,15 @@ class SpeculativeDecoder(PlainDecoder):
         self._by_device = self._run is not None and "blocks" not in ways
         if not hasattr(drafter, "propose"):
             drafter = drafter(text=self.engine.text if self._by_device else None)
-            if self._by_device:
-                self._by_device = getattr(drafter.engine, "text", None) is self.engine.text
-            if drafter.engine.compile_seconds is not None:
-                self.compile_seconds = (self.compile_seconds or 0) + drafter.engine.compile_seconds
-                self.capture_seconds = (self.capture_seconds or 0) + drafter.engine.capture_seconds
-            if self._by_device:
-                self._run = DecodeRun(self.engine, drafter.engine)
+            engines = self.engine, drafter.engine
+            if self._by_device and getattr(drafter.engine, "text", None) is self.engine.text:
+                self._run = DecodeRun(*engines)
+            elif self._by_device:  # another device, or no kernels for it
+                self._by_device = False
+                self.engine.prepare([(T, "asked") for T in rows], self._lengths, request.progress)
+            if any(engine.compile_seconds is not None for engine in engines):
+                self.compile_seconds = sum(engine.compile_seconds or 0 for engine in engines)
+                self.capture_seconds = sum(engine.capture_seconds or 0 for engine in engines)
         self._drafter, self._length = drafter, length
         self._told = 0  # committed tokens that the drafter knows of
         self._cycles: list[Cycle] = []

@@ -31,7 +31,7 @@ from draftnorm.kernels.operands import arrive
 
 ENDINGS = ("asked", "feed", "draft", "cycle")
 MOST = 16  # rows of a verify
-SLOTS, LINE = 8, 32  # blocks that the host may be behind, and the words of one
+SLOTS, LINE = 8, 32  # blocks in the host's memory, more than can be under way; words of one
 OPEN, NONE = -1, -3  # a word that was not written yet, and one behind the end of a block
 DRAFTS, TOUCHED, TIMES = MOST, MOST + 1, MOST + 2  # words of a block behind its tokens: drafts that
 # there were, experts that the layers' rows touched together, ns of STAMPS
@@ -58,7 +58,7 @@ class Text:
         """For sequences of up to `capacity` tokens."""
         return cls(
             tokens=torch.zeros(capacity + 2 * MOST, dtype=torch.int32, device=device),
-            state=torch.zeros(MOST, dtype=torch.int32, device=device),
+            state=torch.zeros(BEGAN + len(STAMPS), dtype=torch.int32, device=device),
             blocks=torch.full(
                 (SLOTS, LINE), OPEN, dtype=torch.int32, pin_memory=device.type == "cuda"
             ),
@@ -138,7 +138,7 @@ def finish(
                 LAYERS, EXPERTS, TIMED,
             )  # fmt: skip
     elif END != "asked":  # noqa: SIM102 - the first is known when compiling, the second is not
-        if row == T - 1:
+        if row == T - 1:  # each thread for itself: no barrier, as who stores has loaded
             read = tl.load(state_ptr + _DRAFT_LENGTH) + T
             if END == "feed":
                 read = tl.maximum(tl.minimum(read, tl.load(state_ptr + _LENGTH) - 1), 0)

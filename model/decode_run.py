@@ -57,10 +57,11 @@ class DecodeRun:
     ) -> Iterator[CycleResult]:
         """Commit `room` tokens after these or a few more.
 
-        `tokens` end the sequence, all of it if n-grams are looked up; all but the last one are in
-        the target's cache. `drafts` says before a cycle is enqueued how many to ask for; fewer are
-        if there is no room for more, none past the drafter's context. Closing the iterator leaves
-        the target's cache at the tokens that were yielded, the last one not being in it.
+        `tokens` end the sequence, all of it if n-grams are looked up, two at least for a drafter;
+        all but the last one are in the target's cache. `drafts` says before a cycle is enqueued how
+        many to ask for; fewer are if there is no room for more, none past the drafter's context.
+        Closing the iterator leaves the target's cache at the tokens that were yielded, the last one
+        not being in it.
         """
         target, cache = self.target, self.target.cache
         under_way: deque[tuple[int, int]] = deque()  # drafts asked for, steps to feed before them
@@ -76,6 +77,7 @@ class DecodeRun:
                 if count and self.drafter:
                     count, feeds = self._draft(count, n + ahead)
                 self._missed = 0 if count else self._missed + 1
+                target.under_way = True
                 target.run(1 + count, n + ahead + count, "cycle")
                 under_way.append((count, feeds))
                 ahead += 1 + count
@@ -87,7 +89,8 @@ class DecodeRun:
             room -= len(result.tokens)
             cache.lengths[0] = n - 1
             target.passes += 1
-            target.under_way = bool(under_way)
+            for step in filter(None, (target, self.drafter)):
+                step.under_way = bool(under_way)
             yield result
 
     def _begin(self, tokens: Sequence[int], room: int) -> int:
@@ -97,7 +100,7 @@ class DecodeRun:
         cache.rollback(length)
         if target.under_way:
             target.synchronize()
-        target.under_way, target.asked = True, 0
+        target.asked = 0
         n, count = length + 1, len(tokens)
         self._tokens[:count] = torch.tensor(tokens, dtype=torch.int32)
         text.tokens[n - count : n].copy_(self._tokens[:count], non_blocking=True)
@@ -119,6 +122,7 @@ class DecodeRun:
         count = min(count, room - n + 1)  # the last draft is not fed
         if count < 1 or (feeds and n - 2 + ROWS > room):
             return 0, 0
+        drafter.under_way = True
         for _ in range(feeds):
             drafter.run(ROWS, n - 2 + ROWS, "feed")
         drafter.run(2, n, "draft")

@@ -7,9 +7,8 @@ Five kernels a layer (norm + qkv + rotary + cache write; attention; output produ
 + gate/up + SiLU; down product + residual), plus two for the router of a sparse layer; before them
 the embedding, after them norm + head + argmax. On Hopper dense layers of 2,048 to 4,096 take two,
 attention and all the rest (model/streamed_layers.py). Every buffer is allocated once; lengths,
-positions and the running token live on the device. A graph is captured once per T, context tier and
-whether the step feeds the next: a tier is only the room of attention's grid, and bits depend on
-none of it.
+positions and the text live on the device. A graph is captured once per T, context tier and ending
+(kernels/cycle.py): a tier is only the room of attention's grid, and bits depend on none of it.
 
     step = DecodeStep(model, cache)
     logits_BTV = step.forward(tokens_BT)  # decode or verify, as Transformer.decode
@@ -61,9 +60,8 @@ class DecodeStep:
     the rung of the ladder: "fused" puts RMSNorm in the prologue of the product after it or, where
     that does not fit, finishes it from the sums that the product before it left; "inference" and
     "train" launch `rms_norm` without and with the store of rstd. All three give equal bits.
-    `text` is another step's, for one to draft for the other; with `ngrams`, the lengths to look up,
-    a cycle's drafts are the text's own.
-    `pdl=False` turns dependent launch off.
+    `pdl=False` turns dependent launch off. `text` is another step's, for one to draft for the
+    other; with `ngrams`, the lengths to look up, a cycle's drafts are the text's own.
     Raises ValueError for a model that is not on a GPU.
     """
 
@@ -198,8 +196,8 @@ class DecodeStep:
             self.graph(T, tier, end)
             if progress:
                 progress("capturing graphs", done, len(graphs))
-        self.compile_seconds = compiled - start
-        self.capture_seconds = time.perf_counter() - compiled
+        self.compile_seconds += compiled - start
+        self.capture_seconds += time.perf_counter() - compiled
 
     @torch.inference_mode()
     def forward(self, tokens_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
