@@ -230,6 +230,28 @@ def test_a_slot_is_in_registers_before_copies_may_write_there(name: str, launche
         assert let_go >= 2
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_racecheck_names_is_ordered_by_barriers(name: str, launches) -> None:
+    """The bytes by which Triton tells its warps their parts: all threads meet between a write and
+    the read, and again, wherever the read may lead, before the next write. The tool misses that.
+    """
+    step = re.compile(r"(bar(?:rier)?\.sync)|(st\.shared\.b32\s+\[global_smem)|(ld\.shared\.b8)")
+    for launch in every_kernel(name, launches):
+        ptx = compiled(launch).asm["ptx"]
+        steps = list(step.finditer(ptx))
+        meets = [bool(re.match(r"barrier\.sync\s+1;", ptx[x.start() :])) for x in steps]
+        (read,) = (i for i, x in enumerate(steps) if x[3])
+        writes = [i for i, x in enumerate(steps) if x[2]]
+        assert len(writes) == 2  # the parts and, at the end, that there are no more
+        assert all(meets[i + 1] for i in writes) and meets[writes[1] - 1] and meets[read - 1]
+        branch = ptx[steps[read].start() : ptx.index("brx.idx", steps[read].start())]
+        for label in set(re.findall(r"\$L__BB\w+", branch)):
+            start = ptx.index(f"\n{label}:")
+            assert next(
+                (met for x, met in zip(steps, meets, strict=True) if x.start() > start), True
+            )
+
+
 ACCESS = re.compile(r"\b(?:ld|st|atom|red)\.\S*global\S*|\bcp\.async\.\S+")
 
 
