@@ -54,12 +54,12 @@ def open_run(
 )
 def test_a_run_has_the_tokens_of_plain_decoding(drafts: str, temperature: float) -> None:
     model, sampler = make_model(3), Sampler(SamplingConfig(temperature=temperature, seed=5))
-    expected = plain_tokens(model, 14, sampler)
+    expected = plain_tokens(model, 12, sampler)
     run = open_run(model, {"other": make_model(8), "itself": model}.get(drafts, drafts), sampler)
     lengths = iter([3, 0, 0, 2, 1, 4] * 5)
     tokens, results = expected[: len(PROMPT) + 1], []
     ask = None if drafts == "none" else lambda: next(lengths)
-    for result in run.cycles(tokens, 13, ask):
+    for result in run.cycles(tokens, 11, ask):
         results.append(result)
         tokens += result.tokens
         assert run.target.cache.lengths == [len(tokens) - 1]
