@@ -218,7 +218,7 @@ class CycleCost:
             self._moments = [mean + self.WEIGHT * (x - mean) for mean, x in pairs]
 
     def draft_seconds(self) -> tuple[float, float]:
-        """Of the first draft, which on a GPU begins a run, and of each further one."""
+        """Of the first draft, whose step reads two tokens, and of each further one."""
         if not self._moments:
             return 0.0, 0.0
         n, s, n_n, n_s = self._moments

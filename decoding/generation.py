@@ -48,11 +48,11 @@ class PlainDecoder:
         *,
         blocks: Sequence[int] = (),
         cycles: Sequence[int] = (1,),
+        ngrams: range | None = None,
         slack: int = 0,
-        **drafts: Any,
     ) -> None:
         """Speculation names the lengths of the `blocks` that it will have verified and of those in
-        `cycles` of the device's, to which `drafts` belong (`open_step`). `slack` is cache beyond
+        `cycles` of the device's, which may look up `ngrams` (`open_step`). `slack` is cache beyond
         the user's limit, for drafts that will not all be kept. Without cycles tokens come of logits
         alone, whatever the device would choose.
         """
@@ -67,8 +67,8 @@ class PlainDecoder:
             run=[(rows, "cycle") for rows in cycles],
             settings=self.sampler.settings() if cycles else None,
             lengths=self._lengths,
+            ngrams=ngrams,
             progress=request.progress,
-            **drafts,
         )
         runs = cycles and isinstance(self.engine, DecodeStep)
         self._run = DecodeRun(self.engine) if runs else None

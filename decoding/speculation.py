@@ -32,7 +32,7 @@ from draftnorm.decoding.request import Request
 from draftnorm.decoding.sampling import checked
 from draftnorm.decoding.statistics import Cycle, SpeculationStatistics
 from draftnorm.decoding.verification import ACCEPTANCE, verify_exact, verify_rejection
-from draftnorm.model.decode_run import CycleResult, DecodeRun
+from draftnorm.model.decode_run import CycleResult
 from draftnorm.model.tokenizer import Tokenizer
 from draftnorm.model.transformer import Transformer
 
@@ -105,18 +105,22 @@ class SpeculativeDecoder(PlainDecoder):
         rows = range(1, length.most + 2)  # the last committed token and up to so many drafts
         self._exact = acceptance == "exact"
         self._looks_up = type(drafter) is NgramDrafter  # whatever else another may do
-        if self._exact and (self._looks_up or not hasattr(drafter, "propose")):
-            ngrams = drafter.lengths if self._looks_up else None
-            ways = dict(cycles=rows, ngrams=ngrams)
-        else:
-            ways = dict(blocks=rows, cycles=(1,) if self._exact else ())
-        super().__init__(model, request, slack=MAX_DRAFT_LENGTH, **ways)
-        self._by_device = self._run is not None and "blocks" not in ways
+        joins = self._exact and (self._looks_up or not hasattr(drafter, "propose"))
+        alone = (1,) if self._exact else ()
+        super().__init__(
+            model,
+            request,
+            blocks=() if joins else rows,
+            cycles=rows if joins else alone,
+            ngrams=drafter.lengths if self._looks_up else None,
+            slack=MAX_DRAFT_LENGTH,
+        )
+        self._by_device = joins and self._run is not None
         if not hasattr(drafter, "propose"):
             drafter = drafter(text=self.engine.text if self._by_device else None)
             engines = self.engine, drafter.engine
             if self._by_device and getattr(drafter.engine, "text", None) is self.engine.text:
-                self._run = DecodeRun(*engines)
+                self._run.drafter = drafter.engine
             elif self._by_device:  # another device, or no kernels for it
                 self._by_device = False
                 self.engine.prepare([(T, "asked") for T in rows], self._lengths, request.progress)

@@ -7,7 +7,7 @@ twice.
 
 Splits begin at absolute positions and grow with them, from 128 keys to 1,024 (`TIERS`): where a
 context is short, many short ones are done soonest; where it is long, each costs its program a join,
-while which the memory idles. A program walks over a share of neighbouring ones for one tile, of as
+during which the memory idles. A program walks over a share of neighbouring ones for one tile, of as
 many keys as the next program's where contexts are long, and leaves a part of each; each of its
 warps has a slab of every block of keys and a running softmax of its own. Where shares are long the
 L2 evicts keys first: before the next step reads them, all weights have passed. Keys and values go
@@ -30,6 +30,7 @@ branch a row is on.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -60,8 +61,9 @@ PROGRAMS = {8: 272, 16: 288}
 ONCE_WALK = 8  # a program's share, in splits of SPLIT keys, from which on the L2 evicts keys first
 
 
+@cache
 def count_splits(length: int) -> int:
-    """Splits that the first `length` positions lie in."""
+    """Splits that the first `length` positions lie in; asked before every replay of a step."""
     tiers = pairwise((*TIERS, (length, 0)))
     return sum(-(-max(min(length, end) - first, 0) // keys) for (first, keys), (end, _) in tiers)
 

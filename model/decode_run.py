@@ -102,7 +102,7 @@ class DecodeRun:
             target.synchronize()
         target.asked = 0
         n, count = length + 1, len(tokens)
-        self._tokens[:count] = torch.tensor(tokens, dtype=torch.int32)
+        self._tokens.numpy()[:count] = tokens
         text.tokens[n - count : n].copy_(self._tokens[:count], non_blocking=True)
         read = min(self.drafter.cache.lengths[0], n - 2) if self.drafter else 0
         self._missed = n - 2 - read
@@ -140,7 +140,8 @@ class DecodeRun:
             block = line.tolist()
         line.fill(words.OPEN)
         self.target.touched_by_cycles += block[words.TOUCHED]
-        feed, draft, verify = (max(ns, 0) * 1e-9 for ns in block[words.TIMES : words.TIMES + 3])
+        times = block[words.TIMES : words.TIMES + len(words.STAMPS)]
+        feed, draft, verify = (max(ns, 0) * 1e-9 for ns in times)
         return CycleResult(
             tokens=[token for token in block[: 1 + asked] if token != words.NONE],
             asked=asked,

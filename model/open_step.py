@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from draftnorm.kernels.compilation import OutOfResources, Progress
+from draftnorm.kernels.cycle import Text
 from draftnorm.model.cache import KVCache
 from draftnorm.model.decode_step import ROWS, DecodeStep
 from draftnorm.model.readable_step import ReadableStep
@@ -27,17 +27,18 @@ def open_step(
     lengths: range,
     settings: Tensor | None = None,
     vocabulary: int | None = None,
+    text: Text | None = None,
+    ngrams: range | None = None,
     progress: Progress | None = None,
-    **drafts: Any,
 ) -> "DecodeStep | ReadableStep":
     """The way to decode with this empty cache: DecodeStep on a GPU that can run it.
 
     It will be asked to `forward` blocks of so many tokens and to `run` steps of so many rows and
     one of ENDINGS, at cache `lengths`: what that needs is compiled and captured here. With
     `settings` (int64 [B, 7], see `pack_settings`) a DecodeStep samples instead of taking the
-    argmax. Ids from `vocabulary` on do not exist. `drafts` are its `text` and `ngrams`. Which way
-    it is follows from the device and the dtype alone, and a GPU that cannot run the kernels is
-    named in a warning.
+    argmax. Ids from `vocabulary` on do not exist. `text` and `ngrams` are those of DecodeStep.
+    Which way it is follows from the device and the dtype alone, and a GPU that cannot run the
+    kernels is named in a warning.
     """
     device, dtype = model.device, model.dtype
     if device.type != "cuda":
@@ -48,9 +49,8 @@ def open_step(
         reason = f"the kernels take bfloat16 and float16, not {dtype}"
     else:
         rows = max([ROWS, *blocks])
-        step = DecodeStep(
-            model, cache, rows=rows, vocabulary=vocabulary, settings=settings, **drafts
-        )
+        own = dict(vocabulary=vocabulary, settings=settings, text=text, ngrams=ngrams)
+        step = DecodeStep(model, cache, rows=rows, **own)
         try:
             step.prepare([*((T, "asked") for T in blocks), *run], lengths, progress)
             return step

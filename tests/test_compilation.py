@@ -115,7 +115,7 @@ def test_a_gpu_that_cannot_run_the_kernels_is_named_and_gets_the_readable_path(
     capability, dtype, out_of, said, monkeypatch, caplog
 ) -> None:
     class Step(open_step.ReadableStep):
-        def __init__(self, model, cache, *, rows, vocabulary, settings) -> None:
+        def __init__(self, model, cache, *, rows, vocabulary, settings, text, ngrams) -> None:
             super().__init__(model, cache, vocabulary)
 
         def prepare(self, *_: object) -> None:

@@ -25,7 +25,7 @@ def make_model(seed: int) -> Transformer:
     return Transformer(ModelConfig(**BASE | dict(num_layers=1))).init_weights(seed=seed)
 
 
-def plain_tokens(model: Transformer, count: int, sampler: Sampler) -> list[int]:
+def readable_tokens(model: Transformer, count: int, sampler: Sampler) -> list[int]:
     cache = KVCache(model.config, capacity=64)
     logits_V, tokens = model.prefill(PROMPT, cache), list(PROMPT)
     for _ in range(count):
@@ -54,7 +54,7 @@ def open_run(
 )
 def test_a_run_has_the_tokens_of_plain_decoding(drafts: str, temperature: float) -> None:
     model, sampler = make_model(3), Sampler(SamplingConfig(temperature=temperature, seed=5))
-    expected = plain_tokens(model, 12, sampler)
+    expected = readable_tokens(model, 12, sampler)
     run = open_run(model, {"other": make_model(8), "itself": model}.get(drafts, drafts), sampler)
     lengths = iter([3, 0, 0, 2, 1, 4] * 5)
     tokens, results = expected[: len(PROMPT) + 1], []
@@ -77,7 +77,7 @@ def test_a_run_has_the_tokens_of_plain_decoding(drafts: str, temperature: float)
 def test_a_run_ends_with_the_room_and_the_drafts_with_the_drafters_context() -> None:
     model, sampler = make_model(3), Sampler(SamplingConfig())
     run = open_run(model, model, sampler, capacity=12)
-    tokens = plain_tokens(model, 1, sampler)
+    tokens = readable_tokens(model, 1, sampler)
     with pytest.raises(ValueError, match="do not fit"):
         next(run.cycles(tokens, 8))
     assert run.target.cache.lengths == [5]

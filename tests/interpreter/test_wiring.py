@@ -56,14 +56,6 @@ def readable(model: Transformer, **options) -> tuple[tuple[int, ...], list[int]]
     return run.result().token_ids, run.decoder.cache.lengths
 
 
-def readable_tokens(model: Transformer, count: int) -> tuple[int, ...]:
-    """The same where steps are opened already."""
-    tokens = list(PROMPT)
-    for _ in range(count):
-        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-    return tuple(tokens[len(PROMPT) :])
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_plain_and_speculative_are_the_readable_path(temperature: float, request) -> None:
     target, draft = tiny(1), tiny(2)
@@ -134,14 +126,16 @@ def test_a_target_and_its_draft_may_decode_in_different_ways(steps, monkeypatch)
     assert run.result().compile_seconds == 0.0  # the draft's, in the interpreter
 
 
-def test_what_a_draft_that_cannot_join_needs_is_prepared_too(steps, monkeypatch) -> None:
+def test_what_a_draft_that_cannot_join_needs_is_prepared_too(request, monkeypatch) -> None:
     """One in fp32, or on another device, proposes to the host, which has blocks verified."""
     target, draft, prepared = tiny(1), tiny(2), []
+    expected, _ = readable(target, max_new_tokens=NEW)
+    request.getfixturevalue("steps")
     monkeypatch.setattr(drafters, "open_step", open_step.open_step)
     monkeypatch.setattr(DecodeStep, "prepare", lambda _, steps, *__: prepared.append(steps))
     run = speculate(target, None, PROMPT, draft=draft, draft_length=2, max_new_tokens=NEW)
     assert prepared == [[(T, "asked") for T in (1, 2, 3)]]
-    assert run.result().token_ids == readable_tokens(target, NEW)
+    assert run.result().token_ids == expected
 
 
 def test_an_early_end_leaves_the_cache_as_the_readable_path_does(request) -> None:
