@@ -22,7 +22,8 @@ Epilogues (sums are fp32 and are rounded once):
             weight in an expert
   rotary    heads of q, k and v: optional norm of q and k (Qwen3), rotation by position; q goes to
             y, k and v into the cache
-  argmax    the best output of each tile of the vocabulary and its lowest id; optionally the logits
+  argmax    the best output of each tile of the vocabulary and its lowest id, at a temperature the
+            best after noise (kernels/sample.py); optionally the logits
 
 Programmatic dependent launch: a program may start while earlier kernels still run, and may touch
 nothing but immutable weights before its one `gdc_wait`. It uses that time to fetch its weights: the
@@ -52,6 +53,7 @@ from draftnorm.kernels.gated import gated_reference
 from draftnorm.kernels.head import best_of
 from draftnorm.kernels.operands import arrive, eights, fetch, operand, prefetch_l2, sum_slabs
 from draftnorm.kernels.rms_norm import rms_norm_reference
+from draftnorm.kernels.sample import Draw, gumbel, load_draw
 
 _SQUARES: tl.constexpr = tl.constexpr(SQUARES)
 
@@ -144,7 +146,7 @@ def _projection_kernel(
     norm_weight_ptr, squares_ptr, eps,  # prologue
     residual_ptr, out_squares_ptr,
     q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, key_ptr, value_ptr, T, S,
-    best_ptr, best_id_ptr,
+    best_ptr, best_id_ptr, settings_ptr,
     expert_ptr, routing_ptr, capacity,
     partial_ptr, ticket_ptr,
     N: tl.constexpr, K: tl.constexpr, EPILOGUE: tl.constexpr,
@@ -185,6 +187,11 @@ def _projection_kernel(
     else:
         x_ok = row_ok
 
+    # Steps begin by saying where rows stand, several kernels ago.
+    if settings_ptr is not None:
+        temperature, seed, position, stream, request = load_draw(
+            position_ptr, settings_ptr, tl.where(row_ok, rows, 0)[None, :], T
+        )
     EARLY: tl.constexpr = FIRST + SECOND
     if EARLY > 0:
         n_E, ok_E = _outputs(eights(W), tile, N, PAIRS, W)
@@ -197,6 +204,8 @@ def _projection_kernel(
             scale0 = fetch(norm_weight_ptr, one, one == 0, 0, FIRST, L, K, "")
             if SECOND > 0:
                 scale1 = fetch(norm_weight_ptr, one, one == 0, FIRST, SECOND, L, K, "")
+    if settings_ptr is not None:
+        noise_WR = gumbel(n_W[:, None], seed, position, stream, request)
     if PDL and expert_ptr is None:
         if PREFETCH > 0:
             LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -293,6 +302,9 @@ def _projection_kernel(
     elif EPILOGUE == "argmax":
         if out_ptr is not None:
             tl.store(out_ptr + y_ptrs, acc, mask=y_mask)
+        if settings_ptr is not None:
+            # Absent rows are zeros, of which a quotient takes the slow path.
+            acc = tl.div_rn(tl.where(row_ok[None, :], acc, 1.0), temperature) + noise_WR
         best_R, id_R = best_of(tl.where(n_ok[:, None], acc, float("-inf")), n_W[:, None])
         place = rows * tl.cdiv(N, W) + tile
         tl.store(best_ptr + place, best_R, mask=row_ok)
@@ -435,6 +447,7 @@ def project(
     squares_out: Tensor | None = None,
     rotary: Rotary | None = None,
     best: tuple[Tensor, Tensor] | None = None,
+    draw: Draw | None = None,
     experts: Experts | None = None,
 ) -> None:
     """Launch one projection of the first `rows` rows of x into `out` (see the module's docstring).
@@ -442,7 +455,8 @@ def project(
     x [M, K] and weight [N, K] are contiguous ([E, N, K] with experts). `out` is [M, N] for plain
     and residual (which may overwrite `residual_MN`), [M, N / 2] for gated ([U, M, N / 2] with
     experts), q [M, H, K] for rotary, logits or None for argmax, whose `best` are value and id,
-    [M, ceil(N / tile rows)]. Nothing is allocated. Raises ValueError if the tiling cannot `norm`.
+    [M, ceil(N / tile rows)], with noise where rows `draw`. Nothing is allocated. Raises ValueError
+    if the tiling cannot `norm`.
     """
     N, K = weight_NK.shape[-2:]
     if norm is not None and not tiling.holds_norm(K):
@@ -461,16 +475,17 @@ def project(
     R = 8 if rows <= 8 and tiling.slabs > 1 else 16
     grid = (tiles * triton.cdiv(rows, R), experts.most if experts else 1)
     best_value, best_id = best or (None, None)
+    places = rotary or draw
     eps = norm.eps if norm else rotary.eps if rotary else 0.0
     _projection_kernel[grid](
         out, x_MK, weight_NK, bias_N, rows,
         norm and norm.weight, norm and norm.squares, eps,
         residual_MN, squares_out,
         rotary and rotary.q_norm, rotary and rotary.k_norm, rotary and rotary.cos,
-        rotary and rotary.sin, rotary and rotary.positions_M, rotary and rotary.slots_M,
+        rotary and rotary.sin, places and places.positions_M, rotary and rotary.slots_M,
         rotary and rotary.keys, rotary and rotary.values,
-        rotary.rows_per_sequence if rotary else 1, rotary.keys.shape[2] if rotary else 1,
-        best_value, best_id,
+        places.rows_per_sequence if places else 1, rotary.keys.shape[2] if rotary else 1,
+        best_value, best_id, draw and draw.settings_BW,
         experts and experts.chosen, experts and experts.routing_EM,
         experts.routing_EM.shape[1] if experts else 1,
         workspace.partials if combine else None, workspace.tickets if combine else None,

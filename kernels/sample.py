@@ -7,8 +7,9 @@ will stand, token id, stream, request id), u = ((bits >> 9) + 0.5) · 2⁻²³, 
 the argmax draws from softmax(logits / temperature), and a draw depends on where it is made, not on
 who makes it. Ties go to the lowest id.
 
-`_race` scores V in tiles, many programs a row. `_decide`, one program a row, takes the winner. With
-top-k, top-p or min-p it does so without a sort:
+At pure temperature the head's product adds the noise in its epilogue (kernels/projection.py), and
+what follows is `head.choose`. With top-k, top-p or min-p logits are stored. `_race` scores them in
+tiles, many programs a row, and `_decide`, one program a row, takes the winner, without a sort:
 
 - top-k: the k-th largest of the tiles' maxima bounds the k-th largest score from below. In the
   tiles that reach it, only k but for ties, the threshold is found by bisecting the bits of a float.
@@ -19,7 +20,7 @@ top-k, top-p or min-p it does so without a sort:
   tiles weighs and elects at once, and 1 + log(1 / mass of the head) passes are expected at most.
 
 Every sum has an order made of the row's own values, so a token does not depend on the other rows.
-Settings are read from the device: new ones need no other kernel and no other graph.
+Settings are read from the device: new ones of the same kind need no other kernel or graph.
 """
 
 import struct
@@ -42,29 +43,32 @@ _INF: tl.constexpr = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def noise_bits(position, token, setting_ptr):
-    """The first output word of Philox, uint32. Position, token and pointers broadcast."""
-    stream = tl.load(setting_ptr + 5).to(tl.uint32)
-    request = tl.load(setting_ptr + 6).to(tl.uint32)
-    return tl.philox(tl.load(setting_ptr + 4), position, token, stream, request)[0]
-
-
-@triton.jit
 def load_fraction(word_ptr):
     return tl.load(word_ptr).to(tl.float64, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def noisy(logits, position, token, setting_ptr):
-    """Scores logits / temperature, and with noise: fp32 of the arguments' common shape.
+def load_draw(position_ptr, settings_ptr, rows, T):
+    """Of rows, in their shape: temperature, seed, position of the next token, stream, request."""
+    setting = settings_ptr + rows // T * _WORDS
+    stream, request = tl.load(setting + 5).to(tl.uint32), tl.load(setting + 6).to(tl.uint32)
+    position = tl.load(position_ptr + rows) + 1
+    return load_fraction(setting), tl.load(setting + 4), position, stream, request
 
-    For an epilogue, too: logits [W, R], position [1, R], token [W, 1], setting_ptr [1, R], which
-    must be readable for absent rows.
-    """
-    scores = tl.div_rn(logits, load_fraction(setting_ptr))
+
+@triton.jit
+def noise_bits(token, seed, position, stream, request):
+    """The first output word of Philox, uint32 of the arguments' common shape."""
+    return tl.philox(seed, position, token, stream, request)[0]
+
+
+@triton.jit
+def gumbel(token, seed, position, stream, request):
+    """Noise, fp32 of the arguments' common shape."""
+    bits = noise_bits(token, seed, position, stream, request)
     # Exact: 23 bits and a half. tl.log is accurate near 1, where the winners' u lie.
-    u = ((noise_bits(position, token, setting_ptr) >> 9).to(tl.float32) + 0.5) * (2.0**-23)
-    return scores, scores - tl.log(-tl.log(u))
+    u = ((bits >> 9).to(tl.float32) + 0.5) * (2.0**-23)
+    return -tl.log(-tl.log(u))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -79,12 +83,13 @@ def _race_kernel(
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = tile * TILE + tl.arange(0, TILE)
     place = row * V + token
-    position = tl.load(position_ptr + row) + 1
     logits = tl.load(logits_ptr + place, mask=token < V, other=-_INF)
-    scores, noise = noisy(logits, position, token, settings_ptr + row // T * _WORDS)
+    temperature, seed, position, stream, request = load_draw(position_ptr, settings_ptr, row, T)
+    scores = tl.div_rn(logits, temperature)
+    noisy = scores + gumbel(token, seed, position, stream, request)
     tl.store(scores_ptr + place, scores, mask=token < V)
-    tl.store(noisy_ptr + place, noise, mask=token < V)
-    best, winner = best_of(noise, token)
+    tl.store(noisy_ptr + place, noisy, mask=token < V)
+    best, winner = best_of(noisy, token)
     slot = row * tl.cdiv(V, TILE) + tile
     tl.store(best_ptr + slot, best)
     tl.store(best_id_ptr + slot, winner)
@@ -218,6 +223,17 @@ def _decide_kernel(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """How rows draw. Row m stands at positions_M[m] (int32) and its token at the next one; it
+    belongs to sequence m // rows_per_sequence, whose settings (int64 [B, 7], `pack_settings`) hold.
+    """
+
+    positions_M: Tensor
+    settings_BW: Tensor
+    rows_per_sequence: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SampleWorkspace:
     """What the two kernels hand over. C tiles of V; allocated once, for the most rows of a step."""
 
@@ -261,15 +277,20 @@ def pack_settings(
     return torch.frombuffer(bytearray(words), dtype=torch.int64)
 
 
+def is_filtered(settings_BW: Tensor) -> bool:
+    """Whether top-k, top-p or min-p may exclude a token of any sequence."""
+    fractions_BW = settings_BW[:, :3].cpu().view(torch.float64)
+    exclude_B = (fractions_BW[:, 1] < 1) | (fractions_BW[:, 2] > 0) | (settings_BW[:, 3].cpu() > 0)
+    return bool(exclude_B.any())
+
+
 def sample(
     chosen_M: Tensor,
     logits_MV: Tensor,
-    positions_M: Tensor,
-    settings_BW: Tensor,
+    draw: Draw,
     *,
     workspace: SampleWorkspace,
     rows: int,
-    rows_per_sequence: int,
     pdl: dict[str, bool],
     text: Text | None = None,
     end: str = "asked",
@@ -278,20 +299,18 @@ def sample(
     """Launch: fp32 logits [M, V] -> the token after each row, int32 [M], or NO_TOKEN where they
     hold NaN, infinity or nothing finite. Nothing is allocated; V alone decides what is compiled.
 
-    Row m stands at positions_M[m] (int32) and its token at the next one; it belongs to sequence
-    m // rows_per_sequence, whose settings (int64 [B, 7], `pack_settings`) hold. `text`, `end`
-    and `experts` are those of `head.choose`.
+    `text`, `end` and `experts` are those of `head.choose`.
     """
     V, tile = logits_MV.shape[1], workspace.tile
     C = triton.cdiv(V, tile)
     scored = (*workspace.best, workspace.scores_MV, workspace.noisy_MV, workspace.largest_MC)
     _race_kernel[(C, rows)](
-        *scored, logits_MV, positions_M, settings_BW, rows_per_sequence, V, tile,
+        *scored, logits_MV, draw.positions_M, draw.settings_BW, draw.rows_per_sequence, V, tile,
         num_warps=1, **pdl,
     )  # fmt: skip
     tensors, constants = ending(text, end, experts, chosen_M)
     _decide_kernel[(rows,)](
-        chosen_M, *tensors, *scored, workspace.live_MC, settings_BW, rows_per_sequence,
+        chosen_M, *tensors, *scored, workspace.live_MC, draw.settings_BW, draw.rows_per_sequence,
         V, tile, GROUP, triton.next_power_of_2(C), *constants, num_warps=WARPS, **pdl,
     )  # fmt: skip
 

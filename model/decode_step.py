@@ -44,7 +44,7 @@ from draftnorm.kernels.projection import (
     project,
 )
 from draftnorm.kernels.rms_norm import INTERPRETED, rms_norm_forward
-from draftnorm.kernels.sample import SampleWorkspace, sample
+from draftnorm.kernels.sample import Draw, SampleWorkspace, is_filtered, sample
 from draftnorm.model.cache import KVCache
 from draftnorm.model.streamed_layers import StreamedLayers, can_stream
 from draftnorm.model.transformer import PREFILL_CHUNK, Layer, Transformer
@@ -104,7 +104,8 @@ class DecodeStep:
         self.inputs = buffer(-(-M // 4) * 4 + B, dtype=int32)
         self.tokens, self.lengths = self.inputs[:M], self.inputs[-B:]
         self.settings = None if settings is None else settings.to(device)
-        if settings is not None:
+        self.sampling = None  # at pure temperature the head's product does it
+        if settings is not None and is_filtered(settings):
             self.sampling = SampleWorkspace.allocate(M, V, device)
         self.positions, self.slots = buffer(M, dtype=int32), buffer(M, dtype=int32)
         self.x, self.normed = buffer(M, D), buffer(M, D)
@@ -315,20 +316,22 @@ class DecodeStep:
             self.streamed_layers.launch(self, rows, T, tier)
         else:
             self._launch_layers(rows, T, tier)
-        logits = None if not told and self.settings is None else self.logits
+        draw = None
+        if self.settings is not None:
+            draw = Draw(positions_M=self.positions, settings_BW=self.settings, rows_per_sequence=T)
+        logits = self.logits if told or self.sampling else None
         head_VD = model.head_VD()[: self.vocabulary]
         self._project("head", logits, self.x, head_VD, rows, "argmax", best=self.best,
-                      norm=model.model.norm)  # fmt: skip
+                      draw=None if self.sampling else draw, norm=model.model.norm)  # fmt: skip
         if self.sparse and told:
             self.experts_touched.add_(self.experts[:, 0])
         ending = dict(rows=rows, pdl=self.pdl, text=text, end=end, experts=self.experts)
         choices = self.choices if told else self.aside
-        if self.settings is None:
+        if self.sampling:
+            sample(choices, self.logits, draw, workspace=self.sampling, **ending)
+        else:
             tile_rows = self.tilings["head"].rows
             choose(choices, self.best, vocabulary=self.vocabulary, tile_rows=tile_rows, **ending)
-        else:
-            sample(choices, self.logits, self.positions, self.settings, rows_per_sequence=T,
-                   workspace=self.sampling, **ending)  # fmt: skip
 
     def _launch_layers(self, rows: int, T: int, tier: int) -> None:
         for index, layer in enumerate(self.model.model.layers):
@@ -404,6 +407,7 @@ class DecodeStep:
         rotary: Rotary | None = None,
         experts: Experts | None = None,
         best: tuple[Tensor, Tensor] | None = None,
+        draw: Draw | None = None,
     ) -> None:
         prologue = None
         if norm is not None and self.norm == "fused":
@@ -419,5 +423,6 @@ class DecodeStep:
         project(
             out, x, weight, rows=rows, epilogue=epilogue, workspace=self.workspace,
             tiling=self.tilings[kind], pdl=self.pdl, bias_N=bias, norm=prologue,
-            residual_MN=residual, squares_out=squares, rotary=rotary, best=best, experts=experts,
+            residual_MN=residual, squares_out=squares, rotary=rotary, best=best, draw=draw,
+            experts=experts,
         )  # fmt: skip

@@ -69,10 +69,10 @@ def make_step(config: dict, settings: torch.Tensor | None = None) -> decode_step
     return decode_step.DecodeStep(model, cache, settings=settings)
 
 
-@pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [None, {}, {"top_k": 9}], ids=["greedy", "pure", "filtered"])
 @pytest.mark.parametrize("config", [SMALL, LARGE, QWEN3], ids=["small", "large", "qwen3"])
-def test_after_compiling_ahead_no_step_compiles(config, sampling: bool, gpu, monkeypatch) -> None:
-    settings = pack_settings(temperature=0.8)[None] if sampling else None
+def test_after_compiling_ahead_no_step_compiles(config, sampling, gpu, monkeypatch) -> None:
+    settings = None if sampling is None else pack_settings(temperature=0.8, **sampling)[None]
     step, heard = make_step(config, settings), []
     tiers = [count_splits(2**n) for n in range(7, 18)]
 

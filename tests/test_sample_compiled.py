@@ -26,10 +26,13 @@ def launch(rows: int, rows_per_sequence: int, end: str = "asked") -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     sample.sample(
-        meta(rows), meta(rows, VOCABULARY, dtype=torch.float32), meta(rows),
-        meta(rows // rows_per_sequence, sample.WORDS, dtype=torch.int64),
+        meta(rows), meta(rows, VOCABULARY, dtype=torch.float32),
+        sample.Draw(
+            positions_M=meta(rows), rows_per_sequence=rows_per_sequence,
+            settings_BW=meta(rows // rows_per_sequence, sample.WORDS, dtype=torch.int64),
+        ),
         workspace=sample.SampleWorkspace.allocate(rows, VOCABULARY, "meta"), rows=rows,
-        rows_per_sequence=rows_per_sequence, pdl={"PDL": True, "launch_pdl": True},
+        pdl={"PDL": True, "launch_pdl": True},
         text=Text.allocate(64, torch.device("meta")), end=end,
     )  # fmt: skip
 

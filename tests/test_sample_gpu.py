@@ -11,8 +11,9 @@ from torch import Tensor
 from draftnorm.decoding.noise import EXACT, Noise
 from draftnorm.decoding.sampling import SamplingConfig, warp
 from draftnorm.kernels.decode_norm import pdl_options
-from draftnorm.kernels.head import NO_TOKEN
-from draftnorm.kernels.sample import SampleWorkspace, pack_settings, sample
+from draftnorm.kernels.head import NO_TOKEN, choose
+from draftnorm.kernels.projection import Workspace, choose_tiling, project
+from draftnorm.kernels.sample import Draw, SampleWorkspace, pack_settings, sample
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,14 +37,21 @@ def make_rows(M: int, V: int) -> Tensor:
     return rows_MV
 
 
+def make_draw(positions_M: Tensor, settings: list[dict]) -> Draw:
+    return Draw(
+        positions_M=positions_M.int().cuda() - 1,
+        settings_BW=torch.stack([pack_settings(**one) for one in settings]).cuda(),
+        rows_per_sequence=len(positions_M) // len(settings),
+    )
+
+
 def draw(logits_MV: Tensor, positions_M: Tensor, settings: list[dict], *, pdl=None) -> Tensor:
     M, V = logits_MV.shape
     chosen = torch.full((M,), -7, dtype=torch.int32, device="cuda")
-    packed = torch.stack([pack_settings(**one) for one in settings]).cuda()
     sample(
-        chosen, logits_MV.cuda(), positions_M.int().cuda() - 1, packed,
-        workspace=SampleWorkspace.allocate(M, V, chosen.device), rows=M,
-        rows_per_sequence=M // len(settings), pdl=pdl or pdl_options(chosen.device),
+        chosen, logits_MV.cuda(), make_draw(positions_M, settings), rows=M,
+        workspace=SampleWorkspace.allocate(M, V, chosen.device),
+        pdl=pdl or pdl_options(chosen.device),
     )  # fmt: skip
     return chosen.cpu()
 
@@ -102,14 +110,13 @@ def test_a_captured_graph_follows_new_settings_and_marks_nan_and_infinity() -> N
     M, V = 5, 49_152
     logits_MV, positions_M = make_rows(M, V), torch.arange(30, 30 + M)
     device = torch.device("cuda")
-    held = logits_MV.cuda(), (positions_M - 1).int().cuda()
+    held = logits_MV.cuda(), make_draw(positions_M, [dict(temperature=1.0)])
     chosen = torch.empty(M, dtype=torch.int32, device=device)
-    settings_BW = pack_settings(temperature=1.0)[None].cuda()
+    settings_BW = held[1].settings_BW
     workspace = SampleWorkspace.allocate(M, V, device)
 
     def launch() -> None:
-        sample(chosen, *held, settings_BW, workspace=workspace, rows=M, rows_per_sequence=M,
-               pdl=pdl_options(device))  # fmt: skip
+        sample(chosen, *held, workspace=workspace, rows=M, pdl=pdl_options(device))
 
     launch()
     torch.cuda.synchronize()
@@ -126,3 +133,36 @@ def test_a_captured_graph_follows_new_settings_and_marks_nan_and_infinity() -> N
         settings_BW.copy_(pack_settings(**config, seed=i)[None])
         graph.replay()
         assert (chosen.cpu() == NO_TOKEN).tolist() == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize(("V", "K"), [(8192, 256), (49_152, 576), (128_256, 2048), (32_000, 4096)])
+def test_the_head_draws_what_is_drawn_from_its_logits(V: int, K: int) -> None:
+    """Token and score, bit for bit, in any company, and without storing the logits."""
+    M, tiling, device = 33, choose_tiling(V, K, "argmax"), torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(1)
+    x_MK, weight_VK = (
+        torch.randn(n, K, generator=generator, device=device).bfloat16() for n in (M, V)
+    )
+    weight_VK /= K**0.5
+    pdl, settings = pdl_options(device), [dict(temperature=0.7, seed=9, stream=1)]
+    positions_M, nothing = torch.arange(70, 70 + M), torch.zeros(0, device=device)
+    workspace = Workspace(partials=nothing, tickets=nothing.int())
+
+    def head(first: int, rows: int, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        best = torch.empty(rows, -(-V // tiling.rows), device=device)
+        best = best, best.int()
+        chosen = torch.empty(rows, dtype=torch.int32, device=device)
+        project(out, x_MK[first : first + rows].clone(), weight_VK, rows=rows, epilogue="argmax",
+                workspace=workspace, tiling=tiling, pdl=pdl, best=best,
+                draw=make_draw(positions_M[first : first + rows], settings))  # fmt: skip
+        choose(chosen, best, rows=rows, vocabulary=V, tile_rows=tiling.rows, pdl=pdl)
+        return chosen.cpu(), best[0]
+
+    logits_MV = torch.empty(M, V, device=device)
+    chosen_M, best_MC = head(0, M, logits_MV)
+    assert torch.equal(chosen_M, draw(logits_MV, positions_M, settings))
+    for rows in (1, 2, 5, 8, 9, 16, 17):
+        for first in (0, 7, M - rows):
+            some_M, some_MC = head(first, rows, None)
+            assert torch.equal(some_M, chosen_M[first : first + rows])
+            assert torch.equal(some_MC, best_MC[first : first + rows])

@@ -49,11 +49,17 @@ def open_run(
 
 
 @pytest.mark.parametrize(
-    ("drafts", "temperature"),
-    [("none", 0.9), ("ngram", 0.0), ("other", 0.9), ("itself", 0.0)],
+    ("drafts", "sampling"),
+    [
+        ("none", dict(temperature=0.9)),
+        ("ngram", dict()),
+        ("other", dict(temperature=0.9, top_k=9)),
+        ("itself", dict()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_run_has_the_tokens_of_plain_decoding(drafts: str, temperature: float) -> None:
-    model, sampler = make_model(3), Sampler(SamplingConfig(temperature=temperature, seed=5))
+def test_a_run_has_the_tokens_of_plain_decoding(drafts: str, sampling: dict) -> None:
+    model, sampler = make_model(3), Sampler(SamplingConfig(seed=5, **sampling))
     expected = readable_tokens(model, 12, sampler)
     run = open_run(model, {"other": make_model(8), "itself": model}.get(drafts, drafts), sampler)
     lengths = iter([3, 0, 0, 2, 1, 4] * 5)

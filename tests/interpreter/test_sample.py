@@ -7,18 +7,21 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from decode_support import NO_PDL, needs_run_time_loops, random
+from decode_support import NO_PDL, needs_run_time_loops, random, workspace
 from scipy.stats import chisquare
 from torch import Tensor
 
 from draftnorm.decoding.noise import DRAFT, EXACT, Noise
 from draftnorm.decoding.sampling import Sampler, SamplingConfig, warp
 from draftnorm.kernels.cycle import DRAFT_LENGTH, Text
-from draftnorm.kernels.head import NO_TOKEN, best_of
+from draftnorm.kernels.head import NO_TOKEN, choose
+from draftnorm.kernels.projection import Tiling, project
 from draftnorm.kernels.sample import (
+    Draw,
     SampleWorkspace,
+    is_filtered,
+    load_draw,
     noise_bits,
-    noisy,
     pack_settings,
     sample,
     sample_reference,
@@ -34,6 +37,14 @@ SETTINGS = [
 V = 97
 
 
+def make_draw(positions: list[int], settings: list[dict]) -> Draw:
+    return Draw(
+        positions_M=torch.tensor(positions, dtype=torch.int32) - 1,
+        settings_BW=torch.stack([pack_settings(**one) for one in settings]),
+        rows_per_sequence=len(positions) // len(settings),
+    )
+
+
 def draw(
     logits_MV: Tensor, positions: list[int], settings: list[dict], *, tile: int = 16, **options
 ) -> list[int]:
@@ -44,9 +55,7 @@ def draw(
         "workspace": SampleWorkspace.allocate(M, logits_MV.shape[1], "cpu", tile=tile)
     } | options
     sample(
-        chosen, logits_MV, torch.tensor(positions, dtype=torch.int32) - 1,
-        torch.stack([pack_settings(**one) for one in settings]),
-        rows=M, rows_per_sequence=M // len(settings), pdl=NO_PDL, **options,
+        chosen, logits_MV, make_draw(positions, settings), rows=M, pdl=NO_PDL, **options
     )  # fmt: skip
     return chosen.tolist()
 
@@ -60,8 +69,9 @@ def make_rows(count: int) -> Tensor:
 
 
 @triton.jit
-def _bits_kernel(out_ptr, position_ptr, token_ptr, settings_ptr):
-    tl.store(out_ptr, noise_bits(tl.load(position_ptr), tl.load(token_ptr), settings_ptr))
+def _bits_kernel(out_ptr, token_ptr, position_ptr, settings_ptr):
+    _, seed, position, stream, request = load_draw(position_ptr, settings_ptr, 0, 1)
+    tl.store(out_ptr, noise_bits(tl.load(token_ptr), seed, position, stream, request))
 
 
 # counter, key, first output word: "philox4x32 10" of Random123's kat_vectors.
@@ -77,9 +87,9 @@ def test_the_known_answers_of_philox(counter: tuple[int, ...], key: int, answer:
     position, token, stream, request = counter
     settings = pack_settings(temperature=1.0, seed=key, stream=stream, request_id=request)
     out, place, tokens = (
-        torch.tensor([word], dtype=torch.int64).to(torch.int32) for word in (0, position, token)
+        torch.tensor([word], dtype=torch.int64).to(torch.int32) for word in (0, position - 1, token)
     )
-    _bits_kernel[(1,)](out, place, tokens, settings)
+    _bits_kernel[(1,)](out, tokens, place, settings)
     assert int(out) & 0xFFFFFFFF == answer
 
 
@@ -177,30 +187,36 @@ def test_a_drafter_s_step_leaves_its_last_row_s_token_in_the_text() -> None:
     assert text.tokens[8] == 0  # what the next step looks up must exist
 
 
-@triton.jit
-def _epilogue_kernel(
-    best_ptr, best_id_ptr, logits_ptr, position_ptr, settings_ptr,
-    V: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    row, token = tl.arange(0, R)[None, :], tl.arange(0, W)[:, None]
-    logits = tl.load(logits_ptr + row * V + token, mask=token < V, other=-float("inf"))
-    position = tl.load(position_ptr + row)
-    _, noise = noisy(logits, position, token, settings_ptr + row * 7)
-    best, winner = best_of(noise, token)
-    tl.store(best_ptr + tl.arange(0, R), best)
-    tl.store(best_id_ptr + tl.arange(0, R), winner)
+def test_what_excludes_a_token() -> None:
+    pure = pack_settings(temperature=0.5, seed=3, stream=1, request_id=2)
+    assert not is_filtered(torch.stack([pure, pure]))
+    for config in (dict(top_k=1), dict(top_p=0.999), dict(min_p=1e-9)):
+        assert is_filtered(torch.stack([pure, pack_settings(temperature=1.0, **config)]))
 
 
 @needs_run_time_loops
-def test_an_epilogue_over_columns_of_rows_draws_the_same() -> None:
-    logits_MV = make_rows(4)
-    logits_MV[3, 5] = math.nan
-    settings = [dict(temperature=0.5 + b, seed=b) for b in range(4)]
-    workspace = SampleWorkspace.allocate(4, V, "cpu", tile=128)
-    tokens = draw(logits_MV, [3, 4, 5, 6], settings, workspace=workspace)
-    best, winner = torch.empty(4), torch.empty(4, dtype=torch.int32)
-    positions = torch.tensor([3, 4, 5, 6], dtype=torch.int32)
-    packed = torch.stack([pack_settings(**one) for one in settings])
-    _epilogue_kernel[(1,)](best, winner, logits_MV, positions, packed, V, 128, 4)
-    assert winner.tolist() == [*tokens[:3], 5] and tokens[3] == NO_TOKEN
-    assert torch.equal(best, workspace.best[0][:, 0])
+@pytest.mark.parametrize("broken", [None, math.inf, math.nan])
+@pytest.mark.parametrize(("rows", "sequences"), [(1, 1), (5, 1), (8, 8), (9, 3), (17, 1)])
+@pytest.mark.parametrize("slabs", [1, 2])
+def test_the_head_draws_what_is_drawn_from_its_logits(
+    slabs: int, rows: int, sequences: int, broken: float | None
+) -> None:
+    """Token and score, bit for bit, in any company."""
+    K = 64
+    tiling = Tiling(rows=32, slabs=slabs, early=(K if slabs > 1 else 0, 0), block_k=32)
+    x, weight = random(rows, K), random(V, K, seed=1)
+    if broken is not None:
+        x[:, 7], weight[V - 1, 7] = 1.0, broken
+    settings = [dict(temperature=0.5 + b, seed=b) for b in range(sequences)]
+    positions = list(range(40, 40 + rows))
+    one = make_draw(positions, settings)
+    logits, chosen = torch.zeros(rows, V), torch.zeros(rows, dtype=torch.int32)
+    best = torch.zeros(rows, 4), torch.zeros(rows, 4, dtype=torch.int32)
+    for out in (logits, None):
+        project(out, x, weight, rows=rows, epilogue="argmax", workspace=workspace(1, rows, V),
+                tiling=tiling, pdl=NO_PDL, best=best, draw=one)  # fmt: skip
+        choose(chosen, best, rows=rows, vocabulary=V, tile_rows=32, pdl=NO_PDL)
+        stored = SampleWorkspace.allocate(rows, V, "cpu", tile=32)
+        assert chosen.tolist() == draw(logits, positions, settings, workspace=stored)
+        assert all(map(torch.equal, best, stored.best))
+    assert ((chosen == NO_TOKEN) == (broken is not None)).all()
