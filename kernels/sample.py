@@ -12,12 +12,13 @@ what follows is `head.choose`. With top-k, top-p or min-p logits are stored. `_r
 tiles, many programs a row, and `_decide`, one program a row, takes the winner, without a sort:
 
 - top-k: the k-th largest of the tiles' maxima bounds the k-th largest score from below. In the
-  tiles that reach it, only k but for ties, the threshold is found by bisecting the bits of a float.
-  Ties with the k-th stay. With k > C every tile is searched, which is slow.
+  tiles that reach it, only k but for ties, the threshold is found by quartering the bits of a
+  float. Ties with the k-th stay. With k > C every tile is searched, which is slow.
 - top-p and min-p keep a head of the order (score, then lower id). A token is in it if the mass
   ahead is less than top-p of the whole, and if its weight is at least min-p of the largest. If the
   winner is not in it, nothing behind is: the winner among those ahead is next. One pass over the
-  tiles weighs and elects at once, and 1 + log(1 / mass of the head) passes are expected at most.
+  tiles that reach the first winner weighs and elects at once; 1 + log(1 / mass of the head) passes
+  are expected at most. The whole is the sum of what tiles weigh, or with top-k of what it keeps.
 
 Every sum has an order made of the row's own values, so a token does not depend on the other rows.
 Settings are read from the device: new ones of the same kind need no other kernel or graph.
@@ -35,7 +36,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from draftnorm.kernels.cycle import Text, ending, finish
 from draftnorm.kernels.head import NO_TOKEN, best_of, best_token
 
-WARPS, GROUP = 32, 64  # warps of _decide, tiles of a block of its passes
+WARPS, GROUP = 16, 32  # warps of _decide, tiles of a block of its passes
 TILE = 128  # tokens of a tile
 WORDS = 7  # temperature, top-p, min-p (bits of fp64), top-k, seed, stream, request id
 _WORDS: tl.constexpr = tl.constexpr(WORDS)
@@ -73,7 +74,7 @@ def gumbel(token, seed, position, stream, request):
 
 @triton.jit(do_not_specialize=["T"])
 def _race_kernel(
-    best_ptr, best_id_ptr, scores_ptr, noisy_ptr, largest_ptr,
+    best_ptr, best_id_ptr, scores_ptr, noisy_ptr, largest_ptr, mass_ptr,
     logits_ptr, position_ptr, settings_ptr, T,
     V: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +94,10 @@ def _race_kernel(
     slot = row * tl.cdiv(V, TILE) + tile
     tl.store(best_ptr + slot, best)
     tl.store(best_id_ptr + slot, winner)
-    tl.store(largest_ptr + slot, tl.max(scores, axis=0))
+    largest = tl.max(scores, axis=0)
+    tl.store(largest_ptr + slot, largest)
+    weights = tl.where(scores > -_INF, tl.exp(scores - largest), 0.0)
+    tl.store(mass_ptr + slot, tl.sum(weights, axis=0))
 
 
 @triton.jit
@@ -110,6 +114,31 @@ def _float(key):
 @triton.jit
 def _middle(low, high):
     return (low & high) + ((low ^ high) >> 1)  # (low + high) / 2 without overflow
+
+
+@triton.jit
+def _quarters(low, high):
+    half = _middle(low, high)
+    return _middle(low, half), half, _middle(half, high)
+
+
+@triton.jit
+def _reach(scores, low, high):
+    """Which of three thresholds between the keys scores reach; sums of it are three counts."""
+    first, second, third = _quarters(low, high)
+    two = (scores >= _float(first)).to(tl.int64) + ((scores >= _float(second)).to(tl.int64) << 21)
+    return two + ((scores >= _float(third)).to(tl.int64) << 42)
+
+
+@triton.jit
+def _narrow(low, high, reached, counts, k):
+    """The quarter in which fewer than k begin to reach, and how many reach its beginning."""
+    first, second, third = _quarters(low, high)
+    one, two, three = counts & 0x1FFFFF, (counts >> 21) & 0x1FFFFF, counts >> 42
+    reached = tl.where(three >= k, three, tl.where(two >= k, two, tl.where(one >= k, one, reached)))
+    above = tl.where(three >= k, high, tl.where(two >= k, third, tl.where(one >= k, second, first)))
+    low = tl.where(three >= k, third, tl.where(two >= k, second, tl.where(one >= k, first, low)))
+    return low, above, reached
 
 
 @triton.jit
@@ -154,7 +183,7 @@ def _ahead(
 @triton.jit(do_not_specialize=["T"])
 def _decide_kernel(
     chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr,
-    best_ptr, best_id_ptr, scores_ptr, noisy_ptr, largest_ptr, live_ptr, settings_ptr, T,
+    best_ptr, best_id_ptr, scores_ptr, noisy_ptr, largest_ptr, mass_ptr, live_ptr, settings_ptr, T,
     V: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr,
     END: tl.constexpr, LAYERS: tl.constexpr, EXPERTS: tl.constexpr, TIMED: tl.constexpr,
     PDL: tl.constexpr,
@@ -175,37 +204,35 @@ def _decide_kernel(
         tile = tl.arange(0, BLOCK_C)
         largest_C = tl.load(largest_ptr + row * C + tile, mask=tile < C, other=-_INF)
         largest = tl.max(largest_C, axis=0)
+        mass_C = tl.load(mass_ptr + row * C + tile, mask=tile < C, other=0.0)
+        whole = tl.sum(tl.where(mass_C > 0.0, mass_C * tl.exp(largest_C - largest), 0.0), axis=0)
+        score = tl.load(scores_ptr + token)
         # At least top_k scores reach _float(low), fewer reach _float(high).
-        low = _flip(tl.cast(-_INF, tl.float32).to(tl.int32, bitcast=True))
+        low = _flip(score.to(tl.int32, bitcast=True))
         high = _flip(largest.to(tl.int32, bitcast=True)) + 1
-        if (top_k > 0) & (top_k <= C):
-            above, reached = high, C
-            while (low + 1 < above) & (reached != top_k):
-                middle = _middle(low, above)
-                reaching = tl.sum((largest_C >= _float(middle)).to(tl.int32), axis=0)
-                if reaching >= top_k:
-                    low, reached = middle, reaching
-                else:
-                    above = middle
+        if top_k > 0:
+            low = _flip(tl.cast(-_INF, tl.float32).to(tl.int32, bitcast=True))
+            if top_k <= C:
+                least = tl.min(tl.where(tile < C, largest_C, _INF), axis=0)
+                low, above = _flip(least.to(tl.int32, bitcast=True)), high
+                reached = tl.cast(C, tl.int64)
+                while (low + 1 < above) & (reached != top_k):
+                    counts = tl.sum(_reach(largest_C, low, above), axis=0)
+                    low, above, reached = _narrow(low, above, reached, counts, top_k)
         live_C = (tile < C) & (largest_C >= _float(low))
         index_C = tl.cumsum(live_C.to(tl.int32), axis=0)
         count = tl.max(index_C, axis=0)
         tl.store(live_ptr + index_C - 1, tile, mask=live_C)
         tl.debug_barrier()  # every thread's tiles are in the list before any thread reads it
         if top_k > 0:
-            reached = V
+            reached = tl.cast(V, tl.int64)
             while (low + 1 < high) & (reached != top_k):
-                middle = _middle(low, high)
-                reaching_GT = tl.zeros([G, TILE], tl.int32)
+                counts_GT = tl.zeros([G, TILE], tl.int64)
                 for first in range(0, count, G):
                     _, _, scores = _load_scores(scores_ptr, live_ptr, first, count, V, TILE, G)
-                    reaching_GT += (scores >= _float(middle)).to(tl.int32)
-                reaching = tl.sum(reaching_GT)
-                if reaching >= top_k:
-                    low, reached = middle, reaching
-                else:
-                    high = middle
-        least = _float(low)
+                    counts_GT += _reach(scores, low, high)
+                low, high, reached = _narrow(low, high, reached, tl.sum(counts_GT), top_k)
+        least = tl.where(top_k > 0, _float(low), -_INF)
         kept = top_k < 0  # not yet
         while not kept:
             score = tl.load(scores_ptr + token)
@@ -213,7 +240,7 @@ def _decide_kernel(
                 scores_ptr, noisy_ptr, live_ptr, count, largest, least, score, token, V, TILE, G
             )  # fmt: skip
             kept = (score >= least) & (tl.exp(score - largest) >= min_p)
-            kept &= (top_p >= 1.0) | (before < top_p * mass)
+            kept &= (top_p >= 1.0) | (before < top_p * tl.where(top_k > 0, mass, whole))
             kept |= leader == V  # the first is always kept, also where infinities make NaN
             token = tl.where(kept, token, leader)
     finish(
@@ -241,6 +268,7 @@ class SampleWorkspace:
     scores_MV: Tensor  # logits / temperature, fp32
     noisy_MV: Tensor  # and with noise
     largest_MC: Tensor  # score of each tile, fp32
+    mass_MC: Tensor  # sum of exp(score − largest) of each tile, fp32
     live_MC: Tensor  # the tiles of a row to search, int32
     tile: int
 
@@ -256,7 +284,7 @@ class SampleWorkspace:
         return cls(
             best=(buffer(C), buffer(C, torch.int32)),
             scores_MV=buffer(vocabulary), noisy_MV=buffer(vocabulary),
-            largest_MC=buffer(C), live_MC=buffer(C, torch.int32), tile=tile,
+            largest_MC=buffer(C), mass_MC=buffer(C), live_MC=buffer(C, torch.int32), tile=tile,
         )  # fmt: skip
 
 
@@ -302,8 +330,12 @@ def sample(
     `text`, `end` and `experts` are those of `head.choose`.
     """
     V, tile = logits_MV.shape[1], workspace.tile
+    assert V < 1 << 21, "three counts share 64 bits"
     C = triton.cdiv(V, tile)
-    scored = (*workspace.best, workspace.scores_MV, workspace.noisy_MV, workspace.largest_MC)
+    scored = (
+        *workspace.best, workspace.scores_MV, workspace.noisy_MV, workspace.largest_MC,
+        workspace.mass_MC,
+    )  # fmt: skip
     _race_kernel[(C, rows)](
         *scored, logits_MV, draw.positions_M, draw.settings_BW, draw.rows_per_sequence, V, tile,
         num_warps=1, **pdl,
