@@ -121,7 +121,7 @@ class DecodeStep:
         # A line a sparse layer, aligned: how many experts its rows touch, and which.
         self.experts = buffer(len(self.sparse), -(-(1 + E) // 4) * 4, dtype=int32)
         self.experts_touched = buffer(len(self.sparse), dtype=int32)  # by all forward calls
-        self.touched_by_cycles = self.passes = 0  # the latter by both
+        self.touched_by_cycles = self.forwards = self.passes = 0  # the latter with cycles
         # Pinned, so that a kernel can write it; -1 marks a token that is not there yet.
         pinned = dict(dtype=int32, pin_memory=device.type == "cuda")
         self.choices = torch.full((M,), -1, **pinned)
@@ -219,6 +219,7 @@ class DecodeStep:
         self.choices.fill_(-1)
         self.asked = len(tokens)
         self.run(T, max(self.cache.lengths), "asked")
+        self.forwards += 1
         self.passes += 1
         return self.logits[: B * T].view(B, T, -1)
 
@@ -237,7 +238,9 @@ class DecodeStep:
 
     def expert_counts(self) -> tuple[int, int]:
         """Experts touched by the steps so far, and the layers that touched them (once a step)."""
-        touched = int(self.experts_touched.sum()) + self.touched_by_cycles
+        touched = self.touched_by_cycles
+        if self.forwards and self.sparse:  # else nothing waits on the device
+            touched += int(self.experts_touched.sum())
         return touched, self.passes * len(self.sparse)
 
     def _tell(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
