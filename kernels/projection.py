@@ -26,10 +26,10 @@ Epilogues (sums are fp32 and are rounded once):
             best after noise (kernels/sample.py); optionally the logits
 
 Programmatic dependent launch: a program may start while earlier kernels still run, and may touch
-nothing but immutable weights before its one `gdc_wait`. It uses that time to fetch its weights: the
-first blocks into registers, where the matrix instruction wants them, and the beginning of the rest
-into L2. Where registers hold all of K, nothing after the wait goes through shared memory before the
-sums do.
+nothing but immutable weights, and the head how its rows draw, before its one `gdc_wait`. It uses
+that time to fetch its weights: the first blocks into registers, where the matrix instruction wants
+them, and the beginning of the rest into L2. Where registers hold all of K, nothing after the wait
+goes through shared memory before the sums do.
 """
 
 from dataclasses import dataclass
@@ -187,7 +187,8 @@ def _projection_kernel(
     else:
         x_ok = row_ok
 
-    # Steps begin by saying where rows stand, several kernels ago.
+    # Before the wait: a step's first kernel says where rows stand, and its first rotary product
+    # waits for that before it lets attention start, or anything behind it.
     if settings_ptr is not None:
         temperature, seed, position, stream, request = load_draw(
             position_ptr, settings_ptr, tl.where(row_ok, rows, 0)[None, :], T
@@ -455,8 +456,8 @@ def project(
     x [M, K] and weight [N, K] are contiguous ([E, N, K] with experts). `out` is [M, N] for plain
     and residual (which may overwrite `residual_MN`), [M, N / 2] for gated ([U, M, N / 2] with
     experts), q [M, H, K] for rotary, logits or None for argmax, whose `best` are value and id,
-    [M, ceil(N / tile rows)], with noise where rows `draw`. Nothing is allocated. Raises ValueError
-    if the tiling cannot `norm`.
+    [M, ceil(N / tile rows)], with noise where rows `draw`, which is read before the wait. Nothing
+    is allocated. Raises ValueError if the tiling cannot `norm`.
     """
     N, K = weight_NK.shape[-2:]
     if norm is not None and not tiling.holds_norm(K):

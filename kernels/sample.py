@@ -159,8 +159,8 @@ def _ahead(
     scores_ptr, noisy_ptr, live_ptr, count, largest, least, score, token,
     V: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Of scores from `least` on: the mass of all, the mass ahead of (score, token), and the winner
-    of the race among the latter, or V if there are none."""
+    """Of live scores from `least` on: the mass of all, the mass ahead of (score, token), and the
+    winner of the race among the latter, or V if there are none."""
     mass = tl.zeros([G, TILE], tl.float32)
     before = tl.zeros([G, TILE], tl.float32)
     best = tl.full([G, TILE], -_INF, tl.float32)

@@ -57,7 +57,7 @@ MEDIUM = dict(
     num_kv_heads=8, head_size=64, tie_embeddings=True,
 )  # fmt: skip
 # What a kernel may read before it waits for its predecessor: weights, which nothing writes, and
-# what only kernels before the predecessor write, for which that one has waited.
+# what only kernels before a rotary product write, which lets nothing start before it has waited.
 IMMUTABLE = {"weight_ptr", "norm_weight_ptr"}
 OLDER = {
     "_decode_attention_kernel": {"position_ptr", "key_ptr", "value_ptr"},

@@ -30,7 +30,7 @@ from draftnorm.kernels.sample import (
 SETTINGS = [
     dict(temperature=t, top_k=k, top_p=p, min_p=m)
     for t in (0.4, 1.0, 1.9)
-    for k in (0, 1, 3, 7, 1000)
+    for k in (0, 1, 3, 7, 20, 1000)  # seven tiles
     for p in (1.0, 1e-6, 0.5, 0.9)
     for m in (0.0, 0.1, 1.0)
 ]
