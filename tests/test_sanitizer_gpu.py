@@ -28,7 +28,7 @@ hopper = pytest.mark.skipif(
 )
 
 
-def sanitize(tool: str, part: str) -> tuple[str, set[int]]:
+def sanitize(tool: str, part: str) -> tuple[str, set[tuple[str, int]]]:
     """What the tool says of a part of sanitized.py, and the lines of ours that it names.
 
     Kernels of libraries have no lines. racecheck names cuDNN's attention, too, in prefill.
@@ -41,7 +41,8 @@ def sanitize(tool: str, part: str) -> tuple[str, set[int]]:
         timeout=300,
     )
     assert "\ndone\n" in result.stdout, result.stdout + result.stderr
-    return result.stdout, {int(n) for n in re.findall(r"access at .* in \S+:(\d+)", result.stdout)}
+    named = re.findall(r"access at .* in (?:\S*/)?(\S+):(\d+)", result.stdout)
+    return result.stdout, {(file, int(line)) for file, line in named}
 
 
 @pytest.mark.parametrize("part", ["norms", "steps", "attention", "cycles"])
@@ -70,7 +71,7 @@ def test_racecheck_names_only_how_triton_tells_warps_their_parts() -> None:
     """
     lines, first = inspect.getsourcelines(weight_stream._weight_stream_kernel.fn)
     own = {
-        first + i
+        ("weight_stream.py", first + i)
         for i, line in enumerate(lines)
         if line.startswith("def ") or "gl.warp_specialize(" in line
     }
