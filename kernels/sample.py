@@ -276,6 +276,12 @@ class SampleWorkspace:
     def allocate(
         cls, rows: int, vocabulary: int, device: torch.device, *, tile: int = TILE
     ) -> "SampleWorkspace":
+        """Raises ValueError for a vocabulary of which three counts do not share 64 bits."""
+        if vocabulary >= 1 << 21:
+            raise ValueError(
+                "top-k, top-p and min-p on a GPU count to 2,097,151, this vocabulary has "
+                f"{vocabulary:,}"
+            )
         C = triton.cdiv(vocabulary, tile)
 
         def buffer(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -330,7 +336,6 @@ def sample(
     `text`, `end` and `experts` are those of `head.choose`.
     """
     V, tile = logits_MV.shape[1], workspace.tile
-    assert V < 1 << 21, "three counts share 64 bits"
     C = triton.cdiv(V, tile)
     scored = (
         *workspace.best, workspace.scores_MV, workspace.noisy_MV, workspace.largest_MC,

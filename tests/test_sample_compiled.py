@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from test_decode_compiled import Launch, Recorder
+from test_decode_compiled import LARGE, SMALL, Launch, Recorder, make_step
+from test_decode_compiled import launches as step_launches  # noqa: F401 - a fixture
 
 from draftnorm.kernels import decode_norm, sample
 from draftnorm.kernels.cycle import ENDINGS, Text
@@ -53,3 +54,18 @@ def test_nothing_is_touched_before_the_wait(launches: list[Launch], end: str) ->
         assert "griddepcontrol.launch_dependents" in after[0]
         assert ".local" not in after[0]  # no array of a thread lives in memory
         assert "lg2.approx" not in after[0]  # wrong near u = 1, where the winners are
+
+
+@pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
+def test_so_is_the_noise_of_the_head_in_registers_and_accurate(
+    config: dict,
+    step_launches: list[Launch],  # noqa: F811
+) -> None:
+    step = make_step(config, sample.pack_settings(temperature=0.8)[None])
+    for rows in (1, 16):
+        step_launches.clear()
+        step.launch(rows, 8, "cycle")
+        (head,) = (x for x in step_launches if dict(x.constants).get("EPILOGUE") == "argmax")
+        ptx = head.ptx()
+        assert "settings_ptr" not in dict(head.constants)
+        assert ".local" not in ptx and "lg2.approx" not in ptx

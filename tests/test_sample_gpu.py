@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sample_support import make_draw
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from draftnorm.decoding.sampling import SamplingConfig, warp
 from draftnorm.kernels.decode_norm import pdl_options
 from draftnorm.kernels.head import NO_TOKEN, choose
 from draftnorm.kernels.projection import Workspace, choose_tiling, project
-from draftnorm.kernels.sample import Draw, SampleWorkspace, pack_settings, sample
+from draftnorm.kernels.sample import SampleWorkspace, pack_settings, sample
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,19 +38,11 @@ def make_rows(M: int, V: int) -> Tensor:
     return rows_MV
 
 
-def make_draw(positions_M: Tensor, settings: list[dict]) -> Draw:
-    return Draw(
-        positions_M=positions_M.int().cuda() - 1,
-        settings_BW=torch.stack([pack_settings(**one) for one in settings]).cuda(),
-        rows_per_sequence=len(positions_M) // len(settings),
-    )
-
-
 def draw(logits_MV: Tensor, positions_M: Tensor, settings: list[dict], *, pdl=None) -> Tensor:
     M, V = logits_MV.shape
     chosen = torch.full((M,), -7, dtype=torch.int32, device="cuda")
     sample(
-        chosen, logits_MV.cuda(), make_draw(positions_M, settings), rows=M,
+        chosen, logits_MV.cuda(), make_draw(positions_M, settings, "cuda"), rows=M,
         workspace=SampleWorkspace.allocate(M, V, chosen.device),
         pdl=pdl or pdl_options(chosen.device),
     )  # fmt: skip
@@ -110,7 +103,7 @@ def test_a_captured_graph_follows_new_settings_and_marks_nan_and_infinity() -> N
     M, V = 5, 49_152
     logits_MV, positions_M = make_rows(M, V), torch.arange(30, 30 + M)
     device = torch.device("cuda")
-    held = logits_MV.cuda(), make_draw(positions_M, [dict(temperature=1.0)])
+    held = logits_MV.cuda(), make_draw(positions_M, [dict(temperature=1.0)], "cuda")
     chosen = torch.empty(M, dtype=torch.int32, device=device)
     settings_BW = held[1].settings_BW
     workspace = SampleWorkspace.allocate(M, V, device)
@@ -154,7 +147,7 @@ def test_the_head_draws_what_is_drawn_from_its_logits(V: int, K: int) -> None:
         chosen = torch.empty(rows, dtype=torch.int32, device=device)
         project(out, x_MK[first : first + rows].clone(), weight_VK, rows=rows, epilogue="argmax",
                 workspace=workspace, tiling=tiling, pdl=pdl, best=best,
-                draw=make_draw(positions_M[first : first + rows], settings))  # fmt: skip
+                draw=make_draw(positions_M[first : first + rows], settings, "cuda"))  # fmt: skip
         choose(chosen, best, rows=rows, vocabulary=V, tile_rows=tiling.rows, pdl=pdl)
         return chosen.cpu(), best[0]
 

@@ -56,7 +56,6 @@ def open_run(
         ("other", dict(temperature=0.9, top_k=9)),
         ("itself", dict()),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_run_has_the_tokens_of_plain_decoding(drafts: str, sampling: dict) -> None:
     model, sampler = make_model(3), Sampler(SamplingConfig(seed=5, **sampling))

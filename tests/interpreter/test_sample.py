@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from decode_support import NO_PDL, needs_run_time_loops, random, workspace
+from sample_support import make_draw
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from draftnorm.kernels.cycle import DRAFT_LENGTH, Text
 from draftnorm.kernels.head import NO_TOKEN, choose
 from draftnorm.kernels.projection import Tiling, project
 from draftnorm.kernels.sample import (
-    Draw,
     SampleWorkspace,
     is_filtered,
     load_draw,
@@ -35,14 +35,6 @@ SETTINGS = [
     for m in (0.0, 0.1, 1.0)
 ]
 V = 97
-
-
-def make_draw(positions: list[int], settings: list[dict]) -> Draw:
-    return Draw(
-        positions_M=torch.tensor(positions, dtype=torch.int32) - 1,
-        settings_BW=torch.stack([pack_settings(**one) for one in settings]),
-        rows_per_sequence=len(positions) // len(settings),
-    )
 
 
 def draw(
@@ -185,6 +177,12 @@ def test_a_drafter_s_step_leaves_its_last_row_s_token_in_the_text() -> None:
     logits_MV[1, 0] = math.nan
     assert draw(logits_MV, [7, 8], settings, text=text, end="draft")[1] == NO_TOKEN
     assert text.tokens[8] == 0  # what the next step looks up must exist
+
+
+def test_a_vocabulary_that_filters_cannot_count_is_an_error() -> None:
+    SampleWorkspace.allocate(1, 2**21 - 1, torch.device("meta"))
+    with pytest.raises(ValueError, match=r"count to 2,097,151, this vocabulary has 2,097,152"):
+        SampleWorkspace.allocate(1, 2**21, torch.device("meta"))
 
 
 def test_what_excludes_a_token() -> None:
