@@ -6,7 +6,7 @@ it may hang: the file ends its process after two minutes.
 
 import faulthandler
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import pytest
@@ -54,13 +54,23 @@ LADDER = [*range(1, 18), 31, 33, 64]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
+def watchdog(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """Ends the process where a kernel waits for ever: `arm` gives a test two minutes from now."""
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         stderr = os.dup(2)
-    faulthandler.dump_traceback_later(120, exit=True, file=stderr)
-    yield
+
+    def arm() -> None:
+        faulthandler.dump_traceback_later(120, exit=True, file=stderr)
+
+    arm()  # the module's own fixtures launch, too
+    yield arm
     faulthandler.cancel_dump_traceback_later()
     os.close(stderr)
+
+
+@pytest.fixture(autouse=True)
+def two_minutes(watchdog: Callable[[], None]) -> None:
+    watchdog()
 
 
 @pytest.fixture(scope="module")
