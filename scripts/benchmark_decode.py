@@ -39,9 +39,10 @@ from draftnorm.decoding.generation import generate
 from draftnorm.decoding.speculation import speculate
 from draftnorm.decoding.statistics import SpeculationStatistics
 from draftnorm.model.tokenizer import load_tokenizer
-from draftnorm.scripts import benchmark_shape, options, report, timing
-from draftnorm.scripts.report import Loaded
+from draftnorm.scripts import benchmark_shape, checkpoints, options, report, timing
+from draftnorm.scripts.checkpoints import Loaded
 from draftnorm.scripts.shapes import NAMES
+from draftnorm.scripts.terminal import number
 
 SCHEMA = "draftnorm/benchmark-engines/2"
 LOOKUP_TOKENS = 10  # what transformers' documentation uses for prompt lookup
@@ -119,7 +120,7 @@ def run_engines(args: argparse.Namespace, *, drafts: list[str], lengths: list[in
     document = {
         **report.describe_benchmark(SCHEMA, args, target.model.device),
         "transformers": None if args.no_peers else report.package_version("transformers"),
-        "target": report.describe_checkpoint(target),
+        "target": checkpoints.describe(target),
         "load": load,
         "repeats": args.repeats,
         "results": rows,
@@ -131,10 +132,10 @@ def run_engines(args: argparse.Namespace, *, drafts: list[str], lengths: list[in
 def measure_load(args: argparse.Namespace) -> tuple[Loaded, dict[str, float]]:
     """Load the target; say how fast, and how much host memory it took beyond what it keeps."""
     name = args.target or "target"
-    path = options.resolve_checkpoint(name)
+    path = checkpoints.resolve(name)
     tokenizer = load_tokenizer(path)
     with _AnonymousMemory() as memory:
-        target = options.load(name, args, tokenizer)
+        target = checkpoints.load(name, args, tokenizer)
     stored_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     return target, {
         "seconds": target.seconds,
@@ -146,7 +147,7 @@ def measure_load(args: argparse.Namespace) -> tuple[Loaded, dict[str, float]]:
 
 def benchmark_prompt(target: Loaded, prompt_tokens: int | None) -> list[int]:
     """The built-in prompt as a chat, or its text cut or repeated to `prompt_tokens`."""
-    prompt = options.built_in_prompt(target.name)
+    prompt = checkpoints.built_in_prompt(target.name)
     if prompt_tokens is None and target.tokenizer.chat_template is not None:
         return target.tokenizer.encode_chat([{"role": "user", "content": prompt}])
     text = target.tokenizer.encode(prompt)
@@ -171,7 +172,7 @@ def our_engines(
 
     engines = {"draftnorm plain": engine(generate)}
     for name in drafts:
-        draft = name if name == "ngram" else options.load(name, args).model
+        draft = name if name == "ngram" else checkpoints.load(name, args).model
         for length in lengths:
             label = f"draftnorm {Path(name).name}, length {length}"
             engines[label] = engine(speculate, draft=draft, draft_length=length)
@@ -319,7 +320,7 @@ def markdown(document: dict[str, Any]) -> str:
     rows = [
         f"{row['prompt_tokens']} | {row['new_tokens']} | {row['engine']} | {report.rates(row)} | "
         f"{row['first_token_seconds']:.3f} s | "
-        f"{' | '.join(report.number(row[key], '.2f') for key in ratios)} | "
+        f"{' | '.join(number(row[key], '.2f') for key in ratios)} | "
         f"{'yes' if row['same_tokens_as_plain'] else 'no'}"
         for row in document["results"]
     ]

@@ -36,11 +36,10 @@ from draftnorm.model.cache import KVCache
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.open_step import open_step
 from draftnorm.model.transformer import Transformer
-from draftnorm.scripts import options, report, timing
+from draftnorm.scripts import checkpoints, options, report, timing
 from draftnorm.scripts.benchmark_decode import benchmark_prompt
-from draftnorm.scripts.benchmark_shape import random_model
-from draftnorm.scripts.shapes import NAMES
-from draftnorm.scripts.step_times import Launch, observe_step, scattered_tokens
+from draftnorm.scripts.shapes import NAMES, random_model, scattered_tokens
+from draftnorm.scripts.step_times import Launch, observe_step
 
 SCHEMA = "draftnorm/benchmark-exactness/1"
 LADDER = (*range(1, 18), 31, 32, 33, 64, 144)
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     document = {
         **report.describe_benchmark(SCHEMA, args, model.device),
         "model": args.shape or args.target or "target",
-        "dtype": report.dtype_name(model.dtype),
+        "dtype": checkpoints.dtype_name(model.dtype),
         "equal": all(row["compared"] == row["equal"] for row in results),
         "results": results,
     }
@@ -95,11 +94,11 @@ def _subject(args: argparse.Namespace) -> tuple[Transformer, Transformer | None,
     if args.shape:
         if args.target or args.draft or args.device == "cpu":
             raise ValueError("--shape takes no --target or --draft, and runs on a GPU alone")
-        model = random_model(args.shape, options.torch_dtype(args.dtype))
+        model = random_model(args.shape, checkpoints.dtype_of(args))
         return model, None, scattered_tokens(model, room)
-    target = options.load(args.target or "target", args)
+    target = checkpoints.load(args.target or "target", args)
     name = args.draft or (None if args.target else "draft")
-    draft = name and options.load(name, args).model
+    draft = name and checkpoints.load(name, args).model
     if room > target.model.config.context:
         raise ValueError(
             f"-p and --steps make {room} tokens, the context is {target.model.config.context}"

@@ -21,9 +21,10 @@ import torch
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import options, report
-from draftnorm.scripts.benchmark_shape import first_token, random_model
-from draftnorm.scripts.shapes import NAMES
+from draftnorm.scripts.checkpoints import dtype_name
+from draftnorm.scripts.shapes import NAMES, first_token, random_model
 from draftnorm.scripts.step_times import step_seconds, stream_rate
+from draftnorm.scripts.terminal import number
 from draftnorm.scripts.timing import progress, spread
 
 SCHEMA = "draftnorm/benchmark-ladder/2"
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         del model  # before the next one
     document = {
         **report.describe_benchmark(SCHEMA, args, device),
-        "dtype": report.dtype_name(dtype),
+        "dtype": dtype_name(dtype),
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
         "repeats": args.repeats,
@@ -103,7 +104,7 @@ def markdown(document: dict[str, Any]) -> str:
         saved = above and 1e6 * (above["step_seconds"] - row["step_seconds"])
         rows.append(
             f"{row['shape']} | {row['rung']} | {1e6 * row['step_seconds']:.1f} | "
-            f"{report.number(saved, '.1f')} | {report.rates(row)} | "
+            f"{number(saved, '.1f')} | {report.rates(row)} | "
             f"{'equal' if row['equal_bits'] else 'OTHER'}"
         )
         before = row

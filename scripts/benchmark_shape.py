@@ -29,14 +29,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from draftnorm.kernels.rms_norm import INTERPRETED
-from draftnorm.model.cache import KVCache, free_bytes
-from draftnorm.model.config import ModelConfig
+from draftnorm.model.cache import free_bytes
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
-from draftnorm.scripts import options, report, timing
-from draftnorm.scripts.shapes import SHAPES
+from draftnorm.scripts import checkpoints, report, timing
+from draftnorm.scripts.shapes import first_token, random_model
 from draftnorm.scripts.step_times import bytes_of_a_step, measure_steps, stream_rate
+from draftnorm.scripts.terminal import number
 from draftnorm.scripts.timing import progress
 
 SCHEMA = "draftnorm/benchmark-decode-shape/1"
@@ -53,7 +52,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    model = random_model(args.shape, options.torch_dtype(args.dtype))
+    model = random_model(args.shape, checkpoints.dtype_of(args))
     config, device, dtype = model.config, model.device, model.dtype
     bandwidth, flops = timing.read_bandwidth(device), timing.product_rate(device)
     progress(f"{bandwidth / 1e12:.2f} TB/s read, {flops / 1e12:.0f} TFLOP/s in products")
@@ -75,7 +74,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "transformers": None if args.no_peers else report.package_version("transformers"),
         "shape": args.shape,
         "parameters": config.parameters,
-        "dtype": report.dtype_name(dtype),
+        "dtype": checkpoints.dtype_name(dtype),
         "repeats": args.repeats,
         "read_bytes_per_second": bandwidth,
         "product_flops_per_second": flops,
@@ -98,30 +97,6 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
                 progress(notes[-1])
                 break
     return document | {"results": rows, "notes": notes}
-
-
-def random_model(shape: str, dtype: torch.dtype | None = None) -> Transformer:
-    """A model of this shape on the GPU, with weights that keep its rows of size one.
-
-    bf16 by default. Raises ValueError, in one line, without a GPU.
-    """
-    if not (torch.cuda.is_available() or INTERPRETED):
-        raise ValueError(f"--shape {shape} times GPU kernels and needs a CUDA device: found none")
-    cuda = torch.cuda.is_available()
-    dtype = dtype or (torch.bfloat16 if cuda else torch.float32)  # the interpreter has no bf16
-    if shape in options.EMBEDDED:
-        config = ModelConfig.from_directory(options.EMBEDDED_FOLDER / shape)
-    else:
-        config = ModelConfig(**SHAPES[shape])
-    progress(f"{shape}: {config.parameters * dtype.itemsize / 1e9:.2f} GB of weights")
-    model = Transformer(config, device="cuda" if cuda else "cpu", dtype=dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
-    return model
 
 
 def prefill_flops(model: Transformer, T: int) -> int:
@@ -251,16 +226,9 @@ class _ExtraMemory:
         return torch.cuda.max_memory_allocated() - self.before if self.before else None
 
 
-def first_token(model: Transformer, cache: KVCache, length: int) -> int:
-    """Read a prompt of `length` into the empty cache; the best token after it."""
-    cache.rollback(0)
-    prompt = torch.arange(length, device=model.device) % model.config.vocab_size
-    return int(model.prefill(prompt, cache).argmax())
-
-
 def markdown(document: dict[str, Any]) -> str:
     """Tables that can be pasted."""
-    number, table = report.number, report.table
+    table = report.table
     limit = document["limit_tokens_per_second"]
     lines = [
         f"{document['shape']}, {document['parameters'] / 1e6:,.1f} M parameters, "
@@ -330,4 +298,4 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def _megabytes(size: int | None) -> str:
-    return report.number(size and size / 1e6, ",.0f")
+    return number(size and size / 1e6, ",.0f")

@@ -5,7 +5,6 @@ Every key is always there; null means not measured. Seconds, bytes and tokens ar
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 import os
@@ -13,7 +12,7 @@ import platform
 import resource
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -26,22 +25,12 @@ import draftnorm
 from draftnorm.decoding.sampling import SamplingConfig
 from draftnorm.decoding.statistics import Result, SpeculationStatistics
 from draftnorm.decoding.verification import Difference, first_difference
-from draftnorm.model.tokenizer import Tokenizer
 from draftnorm.model.transformer import Transformer
+from draftnorm.scripts import checkpoints
+from draftnorm.scripts.checkpoints import Loaded
+from draftnorm.scripts.terminal import number
 
 SCHEMA = "draftnorm/speculate/1"
-SCHEMA_FILE = Path(__file__).with_name("speculate.schema.json")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Loaded:
-    """A checkpoint in memory, and what it took."""
-
-    name: str
-    path: Path
-    model: Transformer
-    tokenizer: Tokenizer
-    seconds: float
 
 
 def build_document(
@@ -62,8 +51,8 @@ def build_document(
         "schema": SCHEMA,
         **describe_environment(target.model.device),
         "command": command,
-        "target": describe_checkpoint(target),
-        "draft": describe_checkpoint(draft),
+        "target": checkpoints.describe(target),
+        "draft": checkpoints.describe(draft),
         "sampling": asdict(sampling),
         "draft_length": draft_length if speculative else None,
         "acceptance": acceptance if speculative else None,
@@ -119,29 +108,6 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def describe_checkpoint(checkpoint: Loaded | str) -> dict[str, Any]:
-    """Name, size and identity of a checkpoint; a drafter without weights has a name alone."""
-    if isinstance(checkpoint, str):
-        return dict.fromkeys(("name", "parameters", "dtype", "bytes", "sha256")) | {
-            "name": checkpoint
-        }
-    parameters = list(checkpoint.model.parameters())
-    return {
-        "name": checkpoint.name,
-        "parameters": sum(p.numel() for p in parameters),
-        "dtype": dtype_name(checkpoint.model.dtype),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "sha256": {
-            "config": hashlib.sha256((checkpoint.path / "config.json").read_bytes()).hexdigest(),
-            "index": hashlib.sha256(_index_bytes(checkpoint.path)).hexdigest(),
-        },
-    }
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def package_version(name: str) -> str | None:
     """The installed version of a package, without importing it; None if it is not there."""
     try:
@@ -195,11 +161,6 @@ def table(head: str, rows: Iterable[str]) -> list[str]:
     return [f"| {line} |" for line in (head, rule, *rows)]
 
 
-def number(value: float | None, form: str) -> str:
-    """A number in that format, or a dash for what was not measured."""
-    return "–" if value is None else format(value, form)
-
-
 def rates(row: dict[str, Any]) -> str:
     """Two cells of a table: tokens a second, and their spread (timing.spread)."""
     median, *ends = (number(row[k], ",.1f") for k in ("tokens_per_second", "slowest", "fastest"))
@@ -214,15 +175,6 @@ def comma_separated(document: dict[str, Any]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue().rstrip("\n")
-
-
-def _index_bytes(path: Path) -> bytes:
-    """What names the tensors: the index, or the header of the only file (length comes first)."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return index.read_bytes()
-    with open(path / "model.safetensors", "rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little"))
 
 
 def _speed(result: Result | None) -> dict[str, float | None]:

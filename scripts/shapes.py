@@ -1,6 +1,16 @@
-"""Real models' shapes, without their weights: what benchmarks of a step take as --shape."""
+"""Real models' shapes with random weights: what benchmarks of a step take as --shape."""
 
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftnorm.kernels.rms_norm import INTERPRETED
+from draftnorm.model.cache import KVCache
+from draftnorm.model.config import ModelConfig
+from draftnorm.model.transformer import Transformer
+from draftnorm.scripts.checkpoints import EMBEDDED_FOLDER
+from draftnorm.scripts.timing import progress
 
 _LLAMA = dict(num_kv_heads=8, vocab_size=128256, num_heads=32, context=131072)
 _LARGE = dict(hidden_size=4096, intermediate_size=14336, num_layers=32, head_size=128)
@@ -20,3 +30,39 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # "target" is the embedded target, whose config.json says the rest.
 NAMES = (*SHAPES, "target")
+
+
+def random_model(shape: str, dtype: torch.dtype | None = None) -> Transformer:
+    """A model of this shape on the GPU, with weights that keep its rows of size one.
+
+    bf16 by default. Raises ValueError, in one line, without a GPU.
+    """
+    if not (torch.cuda.is_available() or INTERPRETED):
+        raise ValueError(f"--shape {shape} times GPU kernels and needs a CUDA device: found none")
+    cuda = torch.cuda.is_available()
+    dtype = dtype or (torch.bfloat16 if cuda else torch.float32)  # the interpreter has no bf16
+    if shape == "target":
+        config = ModelConfig.from_directory(EMBEDDED_FOLDER / shape)
+    else:
+        config = ModelConfig(**SHAPES[shape])
+    progress(f"{shape}: {config.parameters * dtype.itemsize / 1e9:.2f} GB of weights")
+    model = Transformer(config, device="cuda" if cuda else "cpu", dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
+    return model
+
+
+def scattered_tokens(model: Transformer, count: int) -> Tensor:
+    """Different ids, none beside the next: 7919 is a prime that no vocabulary divides."""
+    return torch.arange(count, device=model.device) * 7919 % model.config.vocab_size
+
+
+def first_token(model: Transformer, cache: KVCache, length: int) -> int:
+    """Read a prompt of `length` into the empty cache; the best token after it."""
+    cache.rollback(0)
+    prompt = torch.arange(length, device=model.device) % model.config.vocab_size
+    return int(model.prefill(prompt, cache).argmax())

@@ -23,6 +23,7 @@ from draftnorm.model.decode_run import DecodeRun
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import timing
+from draftnorm.scripts.shapes import scattered_tokens
 from draftnorm.scripts.timing import progress
 
 # What a step launches its kernels with, and where.
@@ -43,11 +44,6 @@ class Launch:
     bytes: int
     out: Tensor | None
     call: Callable[[], None]
-
-
-def scattered_tokens(model: Transformer, count: int) -> Tensor:
-    """Different ids, none beside the next: 7919 is a prime that no vocabulary divides."""
-    return torch.arange(count, device=model.device) * 7919 % model.config.vocab_size
 
 
 def bytes_of_a_step(model: Transformer, experts: float | None = None) -> int:

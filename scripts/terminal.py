@@ -5,7 +5,6 @@ speculation work; into a pipe goes the text alone. NO_COLOR leaves the underline
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from itertools import compress
@@ -34,8 +33,8 @@ _NARROW = 100  # columns under which definitions move from the table to lines be
 class TextStream:
     """Writes chunks of committed text as they come."""
 
-    def __init__(self, out: IO[str] | None = None) -> None:
-        self.out = sys.stdout if out is None else out
+    def __init__(self, out: IO[str]) -> None:
+        self.out = out
         self.styled = self.out.isatty() and os.environ.get("TERM") != "dumb"
         self.mark = "\x1b[4m" if os.environ.get("NO_COLOR") else "\x1b[4;36m"
         self.ends_line = True
@@ -83,19 +82,14 @@ class ProgressLine:
             self._what = what
 
 
-def stderr_console() -> Console:
+def stderr_console(*, quiet: bool = False) -> Console:
     """A console for tables and notes; plain text when stderr is no terminal."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=quiet)
 
 
 def show_legend(console: Console) -> None:
     """Explain the two looks of streamed text."""
     console.print(Text.assemble(("drafted and accepted", "cyan underline"), " · the target's own"))
-
-
-def show_prompt(prompt: str, console: Console) -> None:
-    """The built-in prompt, so that what follows makes sense."""
-    console.print(Text(prompt, style="dim"))
 
 
 def show_summary(document: dict[str, Any], console: Console) -> None:
@@ -105,21 +99,21 @@ def show_summary(document: dict[str, Any], console: Console) -> None:
     comparing = document["identical"] is not None  # both ran, and to the end
     rows = [
         ("decode", _rate(plain), _rate(speculative)),
-        ("decode time", _seconds(plain["seconds"]), _seconds(speculative["seconds"])),
+        ("decode time", *(number(run["seconds"], ".2f", " s") for run in (plain, speculative))),
     ]
     if drafting:
-        shares = [_percent(share) for share in speculative["acceptance_by_position"] or ()]
+        shares = [f"{share:.0%}" for share in speculative["acceptance_by_position"]]
         by_position = " ".join(shares[:_POSITIONS]) + (" …" if len(shares) > _POSITIONS else "")
         rows += [
-            ("tokens per cycle", "1.00", _number(speculative["tokens_per_cycle"])),
-            ("acceptance rate", "", _percent(speculative["acceptance_rate"])),
+            ("tokens per cycle", "1.00", number(speculative["tokens_per_cycle"], ".2f")),
+            ("acceptance rate", "", number(speculative["acceptance_rate"], ".0%")),
             ("by position", "", by_position),
         ]
     if comparing:
         rows += [
-            ("speed-up", "", _number(document["speedup"], " ×")),
-            ("end to end", "", _number(document["speedup_end_to_end"], " ×")),
-            ("predicted", "", _number(document["predicted_speedup"], " ×")),
+            ("speed-up", "", number(document["speedup"], ".2f", " ×")),
+            ("end to end", "", number(document["speedup_end_to_end"], ".2f", " ×")),
+            ("predicted", "", number(document["predicted_speedup"], ".2f", " ×")),
         ]
 
     wide = console.width >= _NARROW
@@ -165,8 +159,8 @@ def _footer(document: dict[str, Any]) -> str:
     parts = [
         f"{document['prompt_tokens']} + {len(document['token_ids'])} tokens",
         f"ended: {document['stop_reason'].replace('_', ' ')}",
-        f"load {_seconds(document['load_seconds'])}",
-        f"first token after {_seconds(document['time_to_first_token'])}",
+        f"load {document['load_seconds']:.2f} s",
+        f"first token after {number(document['time_to_first_token'], '.2f', ' s')}",
     ]
     if document["sampling"]["temperature"] > 0:
         parts.append(f"seed {document['sampling']['seed']}")
@@ -174,16 +168,9 @@ def _footer(document: dict[str, Any]) -> str:
 
 
 def _rate(run: dict[str, Any]) -> str:
-    return _number(run["tokens_per_second"], " tokens/s", digits=1)
+    return number(run["tokens_per_second"], ".1f", " tokens/s")
 
 
-def _seconds(seconds: float | None) -> str:
-    return _number(seconds, " s")
-
-
-def _number(value: float | None, unit: str = "", digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}{unit}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
+def number(value: float | None, form: str, unit: str = "") -> str:
+    """A number in that format, or a dash for what was not measured."""
+    return "–" if value is None else f"{value:{form}}{unit}"

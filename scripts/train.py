@@ -23,8 +23,32 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-# Modules that import torch are imported where they are used: --help and usage errors stay fast.
-from draftnorm.scripts.options import add_device_arguments, count, positive_int, torch_dtype
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from draftnorm.decoding.distillation import (
+    DRAFT,
+    MixedBlocks,
+    continuations,
+    distillation_loss,
+    draft_config,
+)
+from draftnorm.model.checkpoint import load_model, resolve_placement, save_model
+from draftnorm.model.config import ModelConfig
+from draftnorm.model.corpus import SPLITS, TokenBlocks, tokenise, train_tokenizer
+from draftnorm.model.training import (
+    PRESETS,
+    Loss,
+    TrainingConfig,
+    evaluate,
+    next_token_loss,
+    train,
+)
+from draftnorm.model.transformer import Transformer
+from draftnorm.scripts.checkpoints import dtype_of
+from draftnorm.scripts.collect_corpus import collect
+from draftnorm.scripts.evaluate_pair import evaluate_pair
+from draftnorm.scripts.options import add_device_arguments, count, positive_int
 from draftnorm.scripts.terminal import stderr_console
 
 # Beside tokenizer.model, so that transformers, too, takes text as it is.
@@ -36,25 +60,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(metavar="STEP", required=True)
 
     step = steps.add_parser("corpus", help="collect Python source of installed packages")
-    step.add_argument("--out", type=Path, default=Path("runs/corpus"), metavar="DIR")
+    _add_folders(step, out="corpus")
     packages = [Path(path) for path in site.getsitepackages()]
     step.add_argument("--root", type=Path, nargs="+", default=packages, metavar="SITE_PACKAGES")
     step.set_defaults(run=run_corpus)
 
     step = steps.add_parser("tokenizer", help="train the tokenizer and write token ids")
-    step.add_argument("--corpus", type=Path, default=Path("runs/corpus"), metavar="DIR")
+    _add_folders(step, corpus="corpus")
     step.add_argument("--vocab-size", type=positive_int, default=8192, metavar="N")
     step.add_argument("--megabytes", type=float, default=40.0, help="size of the sample")
     step.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this one, train none")
     step.set_defaults(run=run_tokenizer)
 
     step = steps.add_parser("target", help="train the Mixtral-style target")
-    step.add_argument("--preset", choices=("tiny", "target"), default="target")
-    _add_training_arguments(step, "runs/target")
+    _add_folders(step, corpus="corpus", out="target")
+    step.add_argument("--preset", choices=PRESETS, default="target")
+    _add_training_arguments(step)
     step.set_defaults(run=run_target)
 
     step = steps.add_parser("draft", help="distil the Llama-style draft from the target")
-    step.add_argument("--target", type=Path, default=Path("runs/target"), metavar="DIR")
+    _add_folders(step, corpus="corpus", target="target", out="draft")
     step.add_argument("--layers", type=positive_int, default=2, metavar="N")
     step.add_argument("--hidden-size", type=positive_int, default=128, metavar="N")
     step.add_argument(
@@ -68,13 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mix", type=positive_int, default=7, metavar="N", help="blocks of it to one of real text"
     )
     step.add_argument("--first-choice", type=float, default=0.5, help="weight of the argmax's loss")
-    _add_training_arguments(step, "runs/draft")
+    _add_training_arguments(step)
     step.set_defaults(run=run_draft)
 
     step = steps.add_parser("evaluate", help="measure the pair on held-out text")
-    step.add_argument("--corpus", type=Path, default=Path("runs/corpus"), metavar="DIR")
-    step.add_argument("--target", type=Path, default=Path("runs/target"), metavar="DIR")
-    step.add_argument("--draft", type=Path, default=Path("runs/draft"), metavar="DIR")
+    _add_folders(step, corpus="corpus", target="target", draft="draft")
     step.add_argument(
         "--other", type=Path, metavar="DIR", help="a model to compare bits a byte with"
     )
@@ -83,9 +106,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.set_defaults(run=run_evaluate)
 
 
-def _add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("--corpus", type=Path, default=Path("runs/corpus"), metavar="DIR")
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR")
+def _add_folders(parser: argparse.ArgumentParser, **folders: str) -> None:
+    """Arguments that name folders, by default those under runs/."""
+    for name, folder in folders.items():
+        parser.add_argument(f"--{name}", type=Path, default=Path("runs", folder), metavar="DIR")
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
     parser.add_argument("--steps", type=positive_int, metavar="N")
     parser.add_argument("--batch-size", type=positive_int, metavar="N", help="blocks a step")
@@ -94,16 +121,12 @@ def _add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 
 
 def run_corpus(args: argparse.Namespace) -> int:
-    from draftnorm.scripts.collect_corpus import collect
-
     manifest = collect(args.out, roots=args.root)
     print(json.dumps({key: manifest[key] for key in ("bytes", "files_left_out")}), file=sys.stderr)
     return 0
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:
-    from draftnorm.model.corpus import SPLITS, tokenise, train_tokenizer
-
     file = args.corpus / "tokenizer.model"
     if args.tokenizer is None:
         max_bytes = int(args.megabytes * 1e6)
@@ -116,57 +139,42 @@ def run_tokenizer(args: argparse.Namespace) -> int:
 
 
 def run_target(args: argparse.Namespace) -> int:
-    from draftnorm.model.corpus import TokenBlocks
-    from draftnorm.model.training import PRESETS, evaluate, next_token_loss
-
     shape, config = PRESETS[args.preset]
-    config = _override(config, args)
-    model = _new_model(shape, args)
-    blocks = TokenBlocks.open(args.corpus / "train.bin", config.block_size)
-    history = _train(model, config, blocks, next_token_loss(config), args)
-    held_out = TokenBlocks.open(args.corpus / "validation.bin", config.block_size)
-    _finish(model, history, args, validation=evaluate(model, held_out, max_blocks=256))
+    blocks, held_out = (
+        TokenBlocks.open(args.corpus / f"{split}.bin", config.block_size)
+        for split in ("train", "validation")
+    )
+    model, history = _train(shape, config, blocks, next_token_loss(config), args)
+    _save(model, history, args, validation=evaluate(model, held_out, max_blocks=256))
     return 0
 
 
 def run_draft(args: argparse.Namespace) -> int:
-    from draftnorm.decoding.distillation import DRAFT, MixedBlocks, distillation_loss, draft_config
-    from draftnorm.model.checkpoint import load_model
-    from draftnorm.model.corpus import TokenBlocks
-
-    device, dtype = _placement(args)
+    device, dtype = resolve_placement(args.device, dtype_of(args))
     target = load_model(args.target, device=device, dtype=dtype)
-    config = _override(DRAFT, args)
-    config = replace(config, block_size=min(config.block_size, target.config.context))
-    generated = args.corpus / "generated.bin"
+    config = replace(DRAFT, block_size=min(DRAFT.block_size, target.config.context))
     text = TokenBlocks.open(args.corpus / "train.bin", config.block_size)
+    file = args.corpus / "generated.bin"
     if args.generate:
-        _generate(target, text, generated, args.generate)
-    generated = TokenBlocks.open(generated, config.block_size)
+        _generate(target, text, file, args.generate)
+    generated = TokenBlocks.open(file, config.block_size)
     blocks = MixedBlocks((*[generated] * args.mix, text))
     shape = draft_config(target.config, num_layers=args.layers, hidden_size=args.hidden_size)
-    draft = _new_model(shape, args)
     loss_of = distillation_loss(target, first_choice=args.first_choice)
-    _finish(draft, _train(draft, config, blocks, loss_of, args), args)
+    _save(*_train(shape, config, blocks, loss_of, args), args)
     return 0
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from draftnorm.scripts.evaluate_pair import evaluate_pair
-
     evaluation = evaluate_pair(args.corpus, args.target, args.draft, args.other, args.prompts)
-    args.out.write_text(json.dumps(evaluation, indent=1) + "\n")
-    print(json.dumps(evaluation, indent=1))
+    text = json.dumps(evaluation, indent=1)
+    args.out.write_text(text + "\n")
+    print(text)
     return 0
 
 
-def _generate(target, text, file: Path, blocks: int) -> None:
+def _generate(target: Transformer, text: TokenBlocks, file: Path, blocks: int) -> None:
     """Let the target continue pieces of training text, to `file`: two sequences a block."""
-    import torch
-
-    from draftnorm.decoding.distillation import continuations
-    from draftnorm.model.corpus import TokenBlocks
-
     prompts = TokenBlocks(text.tokens, text.size // 4)
     sequences = 2 * blocks
     batches = continuations(target, prompts, batch_size=min(sequences, len(prompts), 8192))
@@ -178,33 +186,17 @@ def _generate(target, text, file: Path, blocks: int) -> None:
         output.write(bytes(2))  # blocks are read with the token that follows them
 
 
-def _override(config, args: argparse.Namespace):  # TrainingConfig -> TrainingConfig
+def _train(
+    shape: ModelConfig, config: TrainingConfig, blocks: TokenBlocks | MixedBlocks, loss_of: Loss,
+    args: argparse.Namespace,
+) -> tuple[Transformer, list[dict]]:  # fmt: skip
+    """A new model trained as the arguments say; the progress bar has loss, speed and time left."""
     names = ("steps", "batch_size", "learning_rate", "seed")
-    return replace(config, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
-
-
-def _placement(args: argparse.Namespace):  # -> (torch.device, torch.dtype)
-    from draftnorm.model.checkpoint import resolve_placement
-
-    return resolve_placement(args.device, torch_dtype(args.dtype))
-
-
-def _new_model(shape, args: argparse.Namespace):  # ModelConfig -> Transformer
-    from draftnorm.model.transformer import Transformer
-
-    device, dtype = _placement(args)
-    return Transformer(shape, device=device, dtype=dtype).init_weights(args.seed)
-
-
-def _train(model, config, blocks, loss_of, args: argparse.Namespace) -> list[dict]:
-    """Train behind a progress bar with loss, tokens a second and time left."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from draftnorm.model.training import train
-
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    config = replace(config, **{n: v for n in names if (v := getattr(args, n)) is not None})
+    device, dtype = resolve_placement(args.device, dtype_of(args))
+    model = Transformer(shape, device=device, dtype=dtype).init_weights(args.seed)
     console = stderr_console()
-    console.print(f"{args.out.name}: {parameters:,} parameters on {model.device}, {model.dtype}")
+    console.print(f"{args.out.name}: {shape.parameters:,} parameters on {device}, {dtype}")
     columns = (
         TextColumn("step {task.completed:,.0f} of {task.total:,.0f}"),
         BarColumn(),
@@ -219,15 +211,13 @@ def _train(model, config, blocks, loss_of, args: argparse.Namespace) -> list[dic
                 task, completed=row["step"], loss=row["loss"], rate=row["tokens_per_second"]
             )
 
-        return train(model, config, blocks, loss_of, folder=args.out, report=report)
+        return model, train(model, config, blocks, loss_of, folder=args.out, report=report)
 
 
-def _finish(model, history: list[dict], args: argparse.Namespace, **results: dict) -> None:
+def _save(
+    model: Transformer, history: list[dict], args: argparse.Namespace, **results: dict
+) -> None:
     """Write the checkpoint with its tokenizer, the history and, with matplotlib, the curve."""
-    import torch
-
-    from draftnorm.model.checkpoint import save_model
-
     save_model(model.to(torch.bfloat16), args.out, max_shard_size="14MB")
     shutil.copy(args.corpus / "tokenizer.model", args.out)
     for name, content in (

@@ -12,7 +12,7 @@ import pytest
 
 from draftnorm import __version__
 from draftnorm.model import hub
-from draftnorm.scripts import options
+from draftnorm.scripts import checkpoints
 from draftnorm.scripts.main import COMMANDS, main
 from draftnorm.scripts.speculative_decode import check_exactness
 
@@ -126,7 +126,7 @@ def test_without_a_prompt_it_compares_on_the_built_in_one(make_checkpoint, run_j
     target = make_checkpoint(max_position_embeddings=2048)
     document = run_json("speculate", "--target", str(target), *SHORT)
     assert document["identical"] is True and document["draft"]["name"] == "ngram"
-    assert document["prompt_tokens"] == len(options.DEMO_PROMPT.encode())
+    assert document["prompt_tokens"] == len(checkpoints.DEMO_PROMPT.encode())
 
 
 def test_rejection_sampling_draws_and_reports_a_seed(make_checkpoint, run_json):
@@ -203,25 +203,24 @@ def test_exact_difference_fails_on_cuda_alone():
 
 
 def test_checkpoint_names(tmp_path, monkeypatch):
-    assert tuple(hub.PACKAGED) == options.FETCHABLE
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "here").mkdir()
-    assert options.resolve_checkpoint("here") == Path("here")
+    assert checkpoints.resolve("here") == Path("here")
 
     with pytest.raises(ValueError, match="draftnorm fetch smollm2-135m"):
-        options.resolve_checkpoint("smollm2-135m")
+        checkpoints.resolve("smollm2-135m")
     (tmp_path / "checkpoints" / "smollm2-135m").mkdir(parents=True)
-    assert options.resolve_checkpoint("smollm2-135m") == Path("checkpoints/smollm2-135m")
+    assert checkpoints.resolve("smollm2-135m") == Path("checkpoints/smollm2-135m")
 
     plan = SimpleNamespace(sizes={"config.json": 1_000, "model.safetensors": 2_500_000_000})
     monkeypatch.setattr(hub, "plan_hub", lambda *_: plan)
     with pytest.raises(ValueError, match=r"run `draftnorm fetch some/model` \(2\.50 GB\)"):
-        options.resolve_checkpoint("some/model")
+        checkpoints.resolve("some/model")
     snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     references = tmp_path / "hub" / "models--some--model" / "refs"
     references.mkdir()
     (references / "main").write_text("abc")
-    assert options.resolve_checkpoint("some/model") == snapshot
+    assert checkpoints.resolve("some/model") == snapshot

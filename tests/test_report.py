@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -11,6 +12,7 @@ import torch
 from draftnorm import SamplingConfig, load_model, load_tokenizer
 from draftnorm.decoding.statistics import Cycle, Result, SpeculationStatistics
 from draftnorm.scripts import benchmark_decode, report
+from draftnorm.scripts.checkpoints import Loaded
 from draftnorm.scripts.main import main
 
 PLAIN = Result(
@@ -38,7 +40,7 @@ SPECULATIVE = dataclasses.replace(
 
 
 def build(path, **changes):
-    loaded = report.Loaded(
+    loaded = Loaded(
         name="tiny",
         path=path,
         model=load_model(path, device="cpu"),
@@ -57,9 +59,8 @@ def build(path, **changes):
         "prompt_ids": [10, 11, 12],
     }
     document = report.build_document(**arguments | changes)
-    jsonschema.validate(
-        json.loads(report.dump(document)), json.loads(report.SCHEMA_FILE.read_text())
-    )
+    schema = Path(report.__file__).with_name("speculate.schema.json").read_text()
+    jsonschema.validate(json.loads(report.dump(document)), json.loads(schema))
     return document
 
 

@@ -191,13 +191,13 @@ def test_out_of_memory_says_what_to_lower(error, make_checkpoint, fails, monkeyp
     def raise_error(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("draftnorm.model.checkpoint.load_model", raise_error)
+    monkeypatch.setattr("draftnorm.scripts.checkpoints.load_model", raise_error)
     line = fails("generate", "--target", make_checkpoint(), "--prompt", "a")
     assert "out of memory" in line and "lower --context" in line
 
 
 def test_unforeseen_error_is_one_line_unless_debug(make_checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("draftnorm.model.checkpoint.load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("draftnorm.scripts.checkpoints.load_model", lambda *_, **__: 1 / 0)
     argv = ["generate", "--target", str(make_checkpoint()), "--prompt", "a"]
     assert main(argv) == 1
     error = capsys.readouterr().err
