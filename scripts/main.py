@@ -13,6 +13,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import draftnorm
 
@@ -27,6 +28,14 @@ COMMANDS = {
 OUT_OF_MEMORY_ADVICE = "lower --context or --max-new-tokens, or choose --dtype bfloat16"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes --debug, and so do the parsers of subcommands: `main` looks for it anywhere."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+
+
 def add_commands(
     parser: argparse.ArgumentParser,
     commands: Mapping[str, tuple[str, str]],
@@ -39,19 +48,16 @@ def add_commands(
         if next((word for word in arguments if not word.startswith("-")), None) != name:
             continue
         module = importlib.import_module(f"draftnorm.scripts.{module_name}")
-        subparser.set_defaults(run=getattr(module, "run", None), debug=False)
+        subparser.set_defaults(run=getattr(module, "run", None))
         # A module that dispatches further (benchmark) wants the words after its own name.
         subparser.remaining = arguments[arguments.index(name) + 1 :]
         module.add_arguments(subparser)
-        subparser.add_argument(
-            "--debug", action="store_true", help="show the traceback of a failure"
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `draftnorm` with these arguments (default: the process's); return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="draftnorm", description=draftnorm.__doc__.split("\n")[0])
+    parser = _Parser(prog="draftnorm", description=draftnorm.__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"draftnorm {draftnorm.__version__}")
     debug = "--debug" in arguments
     try:

@@ -207,6 +207,12 @@ def test_unforeseen_error_is_one_line_unless_debug(make_checkpoint, capsys, monk
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", ["train target --corpus nowhere --debug", "--debug fetch nowhere"])
+def test_debug_is_known_at_every_level(argv, capsys):
+    assert main(argv.split()) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("json_", [False, True])
 def test_interrupt_keeps_text_and_statistics(json_, make_checkpoint, capsys, monkeypatch):
     argv = ["speculate", "--target", str(make_checkpoint()), "--draft", "ngram", "--compare"]
