@@ -101,7 +101,10 @@ def several(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """The type of an argument such as 1,8,64 whose every word is an argument of its own."""
 
     def parse(text: str) -> list[Any]:
-        return [one(word) for word in text.split(",") if word]
+        words = [one(word) for word in text.split(",") if word]
+        if not words:
+            raise argparse.ArgumentTypeError(f"{text!r} is an empty list")
+        return words
 
     return parse
 

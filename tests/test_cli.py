@@ -84,6 +84,8 @@ def test_help_names_every_command(capsys):
         ["generate", "--context", "0"],
         ["generate", "--draft", "ngram"],
         ["generate", "--prompt", "a", "--prompt-file", "b"],
+        ["benchmark", "decode", "-p", ","],
+        ["benchmark", "exactness", "--rows", ""],
     ],
 )
 def test_wrong_usage_is_exit_code_2(argv, capsys):
