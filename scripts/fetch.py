@@ -117,7 +117,7 @@ def _is_done(output: Path, origin: str) -> bool:
 
 
 def _note(text: str) -> None:
-    stderr_console().print(text, markup=False, soft_wrap=True)
+    stderr_console().print(text, soft_wrap=True)
 
 
 @contextmanager

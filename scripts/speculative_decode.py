@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if out.styled and drafting:
         terminal.show_legend(console)
     if not own_prompt:
-        console.print(prompt, style="dim", markup=False, emoji=False)
+        console.print(prompt, style="dim")
     what = target.model, request.tokenizer, request.prompt_ids
     plain = speculative = None
     if draft == "none":

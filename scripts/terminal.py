@@ -84,7 +84,7 @@ class ProgressLine:
 
 def stderr_console(*, quiet: bool = False) -> Console:
     """A console for tables and notes; plain text when stderr is no terminal."""
-    return Console(stderr=True, highlight=False, quiet=quiet)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
 
 
 def show_legend(console: Console) -> None:

@@ -153,6 +153,12 @@ def test_piped_text_is_plain_and_numbers_go_to_stderr(make_checkpoint, run_json,
     assert "accepted / drafted" in captured.err  # definitions come with the numbers
 
 
+def test_a_name_is_no_markup(make_checkpoint, capsys):
+    target = str(make_checkpoint("a[red]b :smile:"))
+    assert main(["generate", "--target", target, "--prompt", "a", *SHORT]) == 0
+    assert target in capsys.readouterr().err.replace("\n", "")
+
+
 def test_drawn_seed_is_printed(make_checkpoint, capsys):
     argv = ["generate", "--target", str(make_checkpoint()), "--prompt", "a", *SHORT]
     assert main([*argv, "--temperature", "1"]) == 0
