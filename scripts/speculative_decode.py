@@ -83,9 +83,7 @@ def run(args: argparse.Namespace) -> int:
         "context": args.context,
         "progress": terminal.ProgressLine(console),
     }
-    request = checkpoints.read_request(
-        name, prompt, args, max_new_tokens=args.max_new_tokens, context=args.context
-    )
+    request = checkpoints.read_request(name, prompt, args, **settings)
     names = [name] if draft in ("ngram", "none") else [name, draft]
     need = checkpoints.memory_need(names, request, args)
     target = checkpoints.load(name, args, request.tokenizer)

@@ -161,6 +161,12 @@ def test_invalid_values(argv, make_checkpoint, fails):
     fails("speculate", "--target", make_checkpoint(), "--draft", "ngram", *argv, "--json")
 
 
+def test_a_wrong_request_is_known_before_anything_is_loaded(make_checkpoint, fails, monkeypatch):
+    monkeypatch.setattr("draftnorm.scripts.checkpoints.load_model", None)
+    argv = ["--target", make_checkpoint(), "--prompt", "a", "--stop", ""]
+    assert "stop strings must not be empty" in fails("generate", *argv)
+
+
 def test_prompt_that_is_no_text(make_checkpoint, fails, tmp_path):
     (tmp_path / "prompt").write_bytes(b"\xff\xfe")
     argv = ["--target", make_checkpoint(), "--prompt-file", tmp_path / "prompt", "--json"]
