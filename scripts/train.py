@@ -168,8 +168,8 @@ def run_draft(args: argparse.Namespace) -> int:
 def run_evaluate(args: argparse.Namespace) -> int:
     evaluation = evaluate_pair(args.corpus, args.target, args.draft, args.other, args.prompts)
     text = json.dumps(evaluation, indent=1)
-    args.out.write_text(text + "\n")
     print(text)
+    args.out.write_text(text + "\n")
     return 0
 
 

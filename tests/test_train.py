@@ -3,7 +3,14 @@
 import json
 
 from draftnorm import load_model, load_tokenizer, speculate
+from draftnorm.scripts import train
 from draftnorm.scripts.main import main
+
+
+def test_an_evaluation_is_shown_even_if_it_cannot_be_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "evaluate_pair", lambda *_: {"bits": 0.9})
+    assert main(["train", "evaluate", "--out", str(tmp_path / "nowhere" / "file")]) == 1
+    assert json.loads(capsys.readouterr().out) == {"bits": 0.9}
 
 
 def test_the_tiny_preset_from_text_to_speculation(tmp_path, capsys):
