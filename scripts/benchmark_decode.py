@@ -26,7 +26,6 @@ import argparse
 import itertools
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,12 +38,12 @@ from draftnorm.decoding.generation import generate
 from draftnorm.decoding.speculation import speculate
 from draftnorm.decoding.statistics import SpeculationStatistics
 from draftnorm.model.tokenizer import load_tokenizer
-from draftnorm.scripts import benchmark_shape, checkpoints, options, report, timing
+from draftnorm.scripts import benchmark_report, benchmark_shape, checkpoints, options, report
+from draftnorm.scripts.benchmark_report import number, rates, spread, table
 from draftnorm.scripts.checkpoints import Loaded
 from draftnorm.scripts.shapes import NAMES
-from draftnorm.scripts.terminal import number
 
-SCHEMA = "draftnorm/benchmark-engines/2"
+SCHEMA = "draftnorm/benchmark-engines/3"
 LOOKUP_TOKENS = 10  # what transformers' documentation uses for prompt lookup
 # An engine decodes `new_tokens` after a prompt, hands over tokens as it commits them and returns
 # what is known of its drafts.
@@ -101,13 +100,16 @@ def run(args: argparse.Namespace) -> int:
         return run_engines(args, drafts=["ngram"], lengths=["auto"])
     if args.target or args.device == "cpu":
         raise ValueError("--shape takes no --target, and runs on a GPU alone")
-    report.show_benchmark(benchmark_shape.measure(args), args, benchmark_shape.markdown, draw)
+    benchmark_report.show(benchmark_shape.measure(args), args, benchmark_shape.markdown, draw)
     return 0
 
 
 def run_engines(args: argparse.Namespace, *, drafts: list[str], lengths: list[int | str]) -> int:
     """Compare plain decoding, speculation with each of `drafts`, and transformers."""
-    target, load = measure_load(args)
+    name = args.target or "target"
+    path = checkpoints.resolve(name)
+    target = checkpoints.load(name, args, load_tokenizer(path))
+    stored_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     engines = our_engines(target, args, drafts, lengths)
     if not args.no_peers:
         engines |= transformers_engines(target)
@@ -118,31 +120,19 @@ def run_engines(args: argparse.Namespace, *, drafts: list[str], lengths: list[in
         prompt = benchmark_prompt(target, prompt_tokens)
         rows += compare_engines(engines, prompt, new_tokens, args.repeats)
     document = {
-        **report.describe_benchmark(SCHEMA, args, target.model.device),
+        **benchmark_report.describe(SCHEMA, args, target.model.device),
         "transformers": None if args.no_peers else report.package_version("transformers"),
         "target": checkpoints.describe(target),
-        "load": load,
+        "load": {
+            "seconds": target.seconds,
+            "bytes": stored_bytes,
+            "bytes_per_second": stored_bytes / target.seconds,
+        },
         "repeats": args.repeats,
         "results": rows,
     }
-    report.show_benchmark(document, args, markdown, draw)
+    benchmark_report.show(document, args, markdown, draw)
     return 0
-
-
-def measure_load(args: argparse.Namespace) -> tuple[Loaded, dict[str, float]]:
-    """Load the target; say how fast, and how much host memory it took beyond what it keeps."""
-    name = args.target or "target"
-    path = checkpoints.resolve(name)
-    tokenizer = load_tokenizer(path)
-    with _AnonymousMemory() as memory:
-        target = checkpoints.load(name, args, tokenizer)
-    stored_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return target, {
-        "seconds": target.seconds,
-        "bytes": stored_bytes,
-        "bytes_per_second": stored_bytes / target.seconds,
-        "extra_host_bytes": memory.peak - memory.end,
-    }
 
 
 def benchmark_prompt(target: Loaded, prompt_tokens: int | None) -> list[int]:
@@ -236,29 +226,30 @@ def compare_engines(
     for _ in range(repeats):
         for name, engine in engines.items():
             timings[name].append(measure(engine, prompt, new_tokens))
-
-    spreads = {
-        name: timing.spread([run.tokens_per_second for run in runs if run.tokens_per_second])
+    speeds = {
+        name: spread([run.tokens_per_second for run in runs if run.tokens_per_second])
         for name, runs in timings.items()
     }
+    medians = {name: speed["tokens_per_second"] for name, speed in speeds.items()}
+    expected = timings["draftnorm plain"][0].token_ids
+    plain, peer = medians["draftnorm plain"], medians.get("transformers greedy")
     rows = []
     for name, runs in timings.items():
-        row = {
-            "prompt_tokens": len(prompt),
-            "new_tokens": new_tokens,
-            "engine": name,
-            **spreads[name],
-            "first_token_seconds": statistics.median(run.first_token_seconds for run in runs),
-            "same_tokens_as_plain": all(
-                run.token_ids == timings["draftnorm plain"][0].token_ids for run in runs
-            ),
-        }
-        for key in ("tokens_per_cycle", "acceptance_rate"):
-            row[key] = runs[-1].speculation and getattr(runs[-1].speculation, key)
-        for key, other in (("plain", "draftnorm plain"), ("transformers", "transformers greedy")):
-            base, rate = (spreads.get(n, {}).get("tokens_per_second") for n in (other, name))
-            row[f"times_{key}"] = rate / base if rate and base else None
-        rows.append(row)
+        drafts = runs[-1].speculation
+        rows.append(
+            {
+                "prompt_tokens": len(prompt),
+                "new_tokens": new_tokens,
+                "engine": name,
+                **speeds[name],
+                "first_token_seconds": statistics.median(run.first_token_seconds for run in runs),
+                "same_tokens_as_plain": all(run.token_ids == expected for run in runs),
+                "tokens_per_cycle": drafts and drafts.tokens_per_cycle,
+                "acceptance_rate": drafts and drafts.acceptance_rate,
+                "times_plain": report.ratio(medians[name], plain),
+                "times_transformers": report.ratio(medians[name], peer),
+            }
+        )
     return rows
 
 
@@ -280,35 +271,6 @@ def measure(engine: Engine, prompt: list[int], new_tokens: int) -> Timing:
     )
 
 
-class _AnonymousMemory:
-    """Samples this process's anonymous memory (mapped files are not ours) each millisecond.
-
-    The kernel keeps a peak of all resident memory only, in which a mapped checkpoint would show.
-    """
-
-    def __enter__(self) -> "_AnonymousMemory":
-        self.peak, self._done = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.end = self._now()
-        self.peak = max(self.peak, self.end)
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.001):
-            self.peak = max(self.peak, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        with open("/proc/self/status") as status:
-            lines = [line for line in status if line.startswith("RssAnon")]
-        return int(lines[0].split()[1]) * 1024
-
-
 def markdown(document: dict[str, Any]) -> str:
     """A table that can be pasted."""
     target, load = document["target"], document["load"]
@@ -318,7 +280,7 @@ def markdown(document: dict[str, Any]) -> str:
     )
     ratios = ("times_plain", "times_transformers", "tokens_per_cycle", "acceptance_rate")
     rows = [
-        f"{row['prompt_tokens']} | {row['new_tokens']} | {row['engine']} | {report.rates(row)} | "
+        f"{row['prompt_tokens']} | {row['new_tokens']} | {row['engine']} | {rates(row)} | "
         f"{row['first_token_seconds']:.3f} s | "
         f"{' | '.join(number(row[key], '.2f') for key in ratios)} | "
         f"{'yes' if row['same_tokens_as_plain'] else 'no'}"
@@ -328,11 +290,10 @@ def markdown(document: dict[str, Any]) -> str:
         [
             f"{target['name']}, {target['parameters'] / 1e6:,.1f} M parameters, {target['dtype']}: "
             f"{load['bytes'] / 1e6:,.0f} MB loaded in {load['seconds']:.2f} s "
-            f"({load['bytes_per_second'] / 1e9:.2f} GB/s), {load['extra_host_bytes'] / 1e6:,.0f} "
-            "MB of host memory beyond the model's own. Greedy, median of "
+            f"({load['bytes_per_second'] / 1e9:.2f} GB/s). Greedy, median of "
             f"{document['repeats']}.",
             "",
-            *report.table(head, rows),
+            *table(head, rows),
         ]
     )
 
@@ -354,5 +315,5 @@ def draw(document: dict[str, Any], file: Path) -> None:
     )
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s after the first")
-    axes.set_title(report.headline(document), fontsize="small")
+    axes.set_title(benchmark_report.headline(document), fontsize="small")
     figure.savefig(file, dpi=150)

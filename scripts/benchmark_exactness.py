@@ -36,8 +36,9 @@ from draftnorm.model.cache import KVCache
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.open_step import open_step
 from draftnorm.model.transformer import Transformer
-from draftnorm.scripts import checkpoints, options, report, timing
+from draftnorm.scripts import benchmark_report, checkpoints, options, timing
 from draftnorm.scripts.benchmark_decode import benchmark_prompt
+from draftnorm.scripts.benchmark_report import progress, table
 from draftnorm.scripts.shapes import NAMES, random_model, scattered_tokens
 from draftnorm.scripts.step_times import Launch, observe_step
 
@@ -73,16 +74,16 @@ def run(args: argparse.Namespace) -> int:
         token_level(model, draft, tokens_T.tolist(), args.draft_length, args.new_tokens),
     ):
         results.append(row)
-        timing.progress(_cells(row))
+        progress(_cells(row))
     document = {
-        **report.describe_benchmark(SCHEMA, args, model.device),
+        **benchmark_report.describe(SCHEMA, args, model.device),
         "model": args.shape or args.target or "target",
         "dtype": checkpoints.dtype_name(model.dtype),
         "equal": all(row["compared"] == row["equal"] for row in results),
         "results": results,
     }
     timing.synchronize()  # a kernel's fault would show here, not after the verdict
-    report.show_benchmark(document, args, markdown)
+    benchmark_report.show(document, args, markdown)
     if not document["equal"]:
         print("draftnorm: bits differ, see the table", file=sys.stderr)
     return 0 if document["equal"] else 1
@@ -251,7 +252,7 @@ def markdown(document: dict[str, Any]) -> str:
     verdict = "every bit is equal" if document["equal"] else "**BITS DIFFER**"
     title = f"{document['model']}, {document['dtype']}: {verdict}."
     rows = map(_cells, document["results"])
-    return "\n".join([title, "", *report.table("level | what | of | compared | equal", rows)])
+    return "\n".join([title, "", *table("level | what | of | compared | equal", rows)])
 
 
 def _cells(row: dict[str, Any]) -> str:

@@ -20,12 +20,11 @@ import torch
 
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
-from draftnorm.scripts import options, report
+from draftnorm.scripts import benchmark_report, options
+from draftnorm.scripts.benchmark_report import number, progress, rates, spread, table
 from draftnorm.scripts.checkpoints import dtype_name
 from draftnorm.scripts.shapes import NAMES, first_token, random_model
 from draftnorm.scripts.step_times import step_seconds, stream_rate
-from draftnorm.scripts.terminal import number
-from draftnorm.scripts.timing import progress, spread
 
 SCHEMA = "draftnorm/benchmark-ladder/2"
 RUNGS = {
@@ -59,14 +58,14 @@ def run(args: argparse.Namespace) -> int:
         results += [{"shape": name} | row for row in climb(model, args)]
         del model  # before the next one
     document = {
-        **report.describe_benchmark(SCHEMA, args, device),
+        **benchmark_report.describe(SCHEMA, args, device),
         "dtype": dtype_name(dtype),
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
         "repeats": args.repeats,
         "results": results,
     }
-    report.show_benchmark(document, args, markdown)
+    benchmark_report.show(document, args, markdown)
     return 0
 
 
@@ -104,7 +103,7 @@ def markdown(document: dict[str, Any]) -> str:
         saved = above and 1e6 * (above["step_seconds"] - row["step_seconds"])
         rows.append(
             f"{row['shape']} | {row['rung']} | {1e6 * row['step_seconds']:.1f} | "
-            f"{number(saved, '.1f')} | {report.rates(row)} | "
+            f"{number(saved, '.1f')} | {rates(row)} | "
             f"{'equal' if row['equal_bits'] else 'OTHER'}"
         )
         before = row
@@ -113,4 +112,4 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['dtype']}, {document['prompt_tokens']} + {document['new_tokens']} tokens, "
         f"median of {document['repeats']}."
     )
-    return "\n".join([title, "", *report.table(head, rows)])
+    return "\n".join([title, "", *table(head, rows)])

@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from draftnorm.kernels.rms_norm import rms_norm
-from draftnorm.scripts import options, report, timing
+from draftnorm.scripts import benchmark_report, options, report, timing
+from draftnorm.scripts.benchmark_report import progress, table
 
 SCHEMA = "draftnorm/benchmark-norm/1"
 EPS = 1e-5
@@ -61,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
     results = []
     for D in args.hidden:
         for M in args.rows:
-            timing.progress(f"{M} × {D}")
+            progress(f"{M} × {D}")
             results += measure_shape(M, D, dtype, args.repeats)
     copy_bytes_per_second = max(row["copy_bytes_per_second"] for row in results)
     for row in results:
         row["times_copy_limit"] = row["device_seconds"] * copy_bytes_per_second / row["bytes"]
     document = {
-        **report.describe_benchmark(SCHEMA, args, torch.device("cuda")),
+        **benchmark_report.describe(SCHEMA, args, torch.device("cuda")),
         "liger-kernel": report.package_version("liger-kernel"),
         "dtype": args.dtype,
         "repeats": args.repeats,
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size,
         "results": results,
     }
-    report.show_benchmark(document, args, markdown, draw)
+    benchmark_report.show(document, args, markdown, draw)
     return 0
 
 
@@ -221,13 +222,11 @@ def markdown(document: dict[str, Any]) -> str:
             f"RMSNorm, {document['dtype']}, device µs a call (median of {document['repeats']} "
             f"graph replays). Copy limit: {bandwidth / 1e12:.2f} TB/s, measured in this run.",
             "",
-            *report.table(
-                f"rows × hidden | copy limit | {engines} | inference GB/s | × limit", device
-            ),
+            *table(f"rows × hidden | copy limit | {engines} | inference GB/s | × limit", device),
             "",
             "Eager wall µs a call, host included.",
             "",
-            *report.table(f"rows × hidden | {engines}", wall),
+            *table(f"rows × hidden | {engines}", wall),
         ]
     )
 
@@ -249,5 +248,5 @@ def draw(document: dict[str, Any], file: Path) -> None:
         axes.set_xlabel("hidden size")
         axes.set_ylabel("device µs")
     panels[0].legend()
-    figure.suptitle(report.headline(document), fontsize="small")
+    figure.suptitle(benchmark_report.headline(document), fontsize="small")
     figure.savefig(file, dpi=150)

@@ -23,6 +23,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -32,11 +34,10 @@ from torch import Tensor
 from draftnorm.model.cache import free_bytes
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
-from draftnorm.scripts import checkpoints, report, timing
+from draftnorm.scripts import benchmark_report, checkpoints, report, timing
+from draftnorm.scripts.benchmark_report import number, progress, rates, spread, table
 from draftnorm.scripts.shapes import first_token, random_model
 from draftnorm.scripts.step_times import bytes_of_a_step, measure_steps, stream_rate
-from draftnorm.scripts.terminal import number
-from draftnorm.scripts.timing import progress
 
 SCHEMA = "draftnorm/benchmark-decode-shape/1"
 LONG_PROMPT = 2048  # whose prefill is measured beside the prompts asked for
@@ -70,7 +71,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         first_start = first_start or start
         keep(row)
     document = {
-        **report.describe_benchmark(SCHEMA, args, device),
+        **benchmark_report.describe(SCHEMA, args, device),
         "transformers": None if args.no_peers else report.package_version("transformers"),
         "shape": args.shape,
         "parameters": config.parameters,
@@ -145,19 +146,12 @@ def decode(
     del step  # before its buffers are counted twice
     step, start["next_session_seconds"] = start_session()  # finds its kernels in this process
 
-    def greedy() -> float:
-        return stream_rate(step, first_token(model, cache, prompt_tokens), new_tokens)
-
-    greedy()
-    rates = [greedy() for _ in range(repeats)]
-    first = timing.wall_seconds(lambda: first_token(model, cache, prompt_tokens), repeats)
-    row = {
-        "engine": "draftnorm",
-        **timing.spread(rates),
-        "first_token_seconds": statistics.median(first),
-        "warm_up_seconds": first_seconds,
-    }
-    return row, start | {"extra_memory_bytes": memory.peak()}
+    read_prompt = partial(first_token, model, cache, prompt_tokens)
+    row = time_engine(
+        "draftnorm", read_prompt, lambda: stream_rate(step, read_prompt(), new_tokens), repeats
+    )
+    start["extra_memory_bytes"] = memory.peak()
+    return row | {"warm_up_seconds": first_seconds}, start
 
 
 def decode_transformers(
@@ -186,6 +180,7 @@ def decode_transformers(
     step = torch.compile(advance, mode="reduce-overhead", fullgraph=True) if cuda else advance
     prompt = torch.arange(prompt_tokens, device=device)[None] % config.vocab_size
 
+    @torch.no_grad()
     def read_prompt() -> Tensor:
         cache.reset()
         return advance(prompt)
@@ -203,15 +198,18 @@ def decode_transformers(
 
     greedy()
     warm_up_seconds = time.perf_counter() - start
+    row = time_engine("transformers, static cache, compiled", read_prompt, greedy, repeats)
+    return row | {"warm_up_seconds": warm_up_seconds}
+
+
+def time_engine(
+    name: str, read_prompt: Callable[[], Any], greedy: Callable[[], float], repeats: int
+) -> dict[str, Any]:
+    """The row of an engine that reads its prompt, or decodes too and says how fast it decoded."""
+    greedy()
     rates = [greedy() for _ in range(repeats)]
-    with torch.no_grad():
-        first = timing.wall_seconds(read_prompt, repeats)
-    return {
-        "engine": "transformers, static cache, compiled",
-        **timing.spread(rates),
-        "first_token_seconds": statistics.median(first),
-        "warm_up_seconds": warm_up_seconds,
-    }
+    first = timing.wall_seconds(read_prompt, repeats)
+    return {"engine": name, **spread(rates), "first_token_seconds": statistics.median(first)}
 
 
 class _ExtraMemory:
@@ -228,7 +226,6 @@ class _ExtraMemory:
 
 def markdown(document: dict[str, Any]) -> str:
     """Tables that can be pasted."""
-    table = report.table
     limit = document["limit_tokens_per_second"]
     lines = [
         f"{document['shape']}, {document['parameters'] / 1e6:,.1f} M parameters, "
@@ -243,7 +240,7 @@ def markdown(document: dict[str, Any]) -> str:
             "prompt | new | engine | tokens/s | spread | of the limit | first token | warm-up",
             (
                 f"{row['prompt_tokens']} | {row['new_tokens']} | {row['engine']} | "
-                f"{report.rates(row)} | {row['limit_share']:.1%} | "
+                f"{rates(row)} | {row['limit_share']:.1%} | "
                 f"{1e3 * row['first_token_seconds']:.1f} ms | {row['warm_up_seconds']:.1f} s"
                 for row in document["results"]
             ),

@@ -3,15 +3,12 @@
 Every key is always there; null means not measured. Seconds, bytes and tokens are the only units.
 """
 
-import argparse
-import csv
-import io
 import json
 import os
 import platform
 import resource
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from functools import cache
@@ -28,7 +25,6 @@ from draftnorm.decoding.verification import Difference, first_difference
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import checkpoints
 from draftnorm.scripts.checkpoints import Loaded
-from draftnorm.scripts.terminal import number
 
 SCHEMA = "draftnorm/speculate/1"
 
@@ -85,8 +81,8 @@ def build_document(
 def compare(plain: Result, speculative: Result) -> dict[str, Any]:
     """Speed-ups between two finished runs of one prompt, measured side by side."""
     return {
-        "speedup": _ratio(speculative.tokens_per_second, plain.tokens_per_second),
-        "speedup_end_to_end": _ratio(_rate_after_load(speculative), _rate_after_load(plain)),
+        "speedup": ratio(speculative.tokens_per_second, plain.tokens_per_second),
+        "speedup_end_to_end": ratio(_rate_after_load(speculative), _rate_after_load(plain)),
         "predicted_speedup": _predicted_speedup(plain, speculative),
     }
 
@@ -116,65 +112,14 @@ def package_version(name: str) -> str | None:
         return None
 
 
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    """Their ratio, or None if there is none, as one of them was not measured."""
+    return numerator / denominator if numerator is not None and denominator else None
+
+
 def dump(document: dict[str, Any]) -> str:
     """The document as JSON text. NaN and infinity are not JSON, so they are an error here."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def describe_benchmark(
-    schema: str, args: argparse.Namespace, device: torch.device
-) -> dict[str, Any]:
-    """What every benchmark's document begins with."""
-    return {"schema": schema, **describe_environment(device), "command": args.command_line}
-
-
-def show_benchmark(
-    document: dict[str, Any],
-    args: argparse.Namespace,
-    markdown: Callable[[dict[str, Any]], str],
-    draw: Callable[[dict[str, Any], Path], None] | None = None,
-) -> None:
-    """Print a benchmark's document as -o says (csv: its results alone); draw it as --plot says."""
-    if args.output == "md":
-        print(f"{headline(document)}\n\n{markdown(document)}")
-    else:
-        print({"csv": comma_separated, "json": dump}[args.output](document))
-    if draw and args.plot:
-        draw(document, args.plot)
-
-
-def headline(document: dict[str, Any]) -> str:
-    """Hardware and versions, on one line."""
-    hardware = document["hardware"]
-    parts = [hardware["name"]]
-    if hardware.get("device") == "cpu":
-        parts.append(f"{hardware['threads']} threads")
-    for name in ("draftnorm", "torch", "triton", "transformers", "liger-kernel"):
-        if document.get(name):
-            parts.append(f"{name} {document[name]}")
-    return " · ".join([*parts, document["date"][:10]])
-
-
-def table(head: str, rows: Iterable[str]) -> list[str]:
-    """Lines of a markdown table, each given as "cell | cell | cell"."""
-    rule = " | ".join(["---"] * (1 + head.count("|")))
-    return [f"| {line} |" for line in (head, rule, *rows)]
-
-
-def rates(row: dict[str, Any]) -> str:
-    """Two cells of a table: tokens a second, and their spread (timing.spread)."""
-    median, *ends = (number(row[k], ",.1f") for k in ("tokens_per_second", "slowest", "fastest"))
-    return f"{median} | {' – '.join(ends)}"
-
-
-def comma_separated(document: dict[str, Any]) -> str:
-    """The document's results, rows of equal keys, as CSV under a comment line."""
-    out, rows = io.StringIO(), document["results"]
-    out.write(f"# {headline(document)}\n")
-    writer = csv.DictWriter(out, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue().rstrip("\n")
 
 
 def _speed(result: Result | None) -> dict[str, float | None]:
@@ -207,19 +152,15 @@ def _explain(difference: Difference, target: Loaded) -> dict[str, Any]:
 def _predicted_speedup(plain: Result, speculative: Result) -> float | None:
     """Tokens per cycle · t_plain / t_cycle, a cycle being its separately timed draft and verify."""
     parts = speculative.speculation
-    cycle_seconds = _ratio(parts.draft_seconds + parts.verify_seconds, parts.cycles)
-    plain_seconds = _ratio(1.0, plain.tokens_per_second)
+    cycle_seconds = ratio(parts.draft_seconds + parts.verify_seconds, parts.cycles)
+    plain_seconds = ratio(1.0, plain.tokens_per_second)
     if not cycle_seconds or not plain_seconds:
         return None
     return parts.tokens_per_cycle * plain_seconds / cycle_seconds
 
 
 def _rate_after_load(result: Result) -> float | None:
-    return _ratio(len(result.token_ids), (result.time_to_first_token or 0.0) + result.seconds)
-
-
-def _ratio(numerator: float | None, denominator: float | None) -> float | None:
-    return numerator / denominator if numerator is not None and denominator else None
+    return ratio(len(result.token_ids), (result.time_to_first_token or 0.0) + result.seconds)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -9,8 +9,8 @@ from draftnorm.kernels.rms_norm import INTERPRETED
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.transformer import Transformer
+from draftnorm.scripts.benchmark_report import progress
 from draftnorm.scripts.checkpoints import EMBEDDED_FOLDER
-from draftnorm.scripts.timing import progress
 
 _LLAMA = dict(num_kv_heads=8, vocab_size=128256, num_heads=32, context=131072)
 _LARGE = dict(hidden_size=4096, intermediate_size=14336, num_layers=32, head_size=128)

@@ -23,8 +23,8 @@ from draftnorm.model.decode_run import DecodeRun
 from draftnorm.model.decode_step import DecodeStep
 from draftnorm.model.transformer import Transformer
 from draftnorm.scripts import timing
+from draftnorm.scripts.benchmark_report import progress
 from draftnorm.scripts.shapes import scattered_tokens
-from draftnorm.scripts.timing import progress
 
 # What a step launches its kernels with, and where.
 LAUNCHERS = {

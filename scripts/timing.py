@@ -4,9 +4,8 @@ On the CPU (Triton's interpreter, in tests) everything works on toy sizes by the
 """
 
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,16 +106,3 @@ def wall_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def spread(rates: Sequence[float]) -> dict[str, float | None]:
-    """Tokens a second over the repeats; None if a run has no tokens after its first."""
-    return {
-        "tokens_per_second": statistics.median(rates) if rates else None,
-        "slowest": min(rates, default=None),
-        "fastest": max(rates, default=None),
-    }
-
-
-def progress(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from draftnorm.scripts import benchmark_norm, report
+from draftnorm.scripts import benchmark_norm, benchmark_report
 from draftnorm.scripts.main import main
 
 
@@ -44,7 +44,7 @@ def document() -> dict:
 def test_markdown_sorts_the_shapes(document):
     lines = benchmark_norm.markdown(document).splitlines()
     assert (
-        report.headline(document)
+        benchmark_report.headline(document)
         == "NVIDIA H200 · draftnorm 0.1.0 · torch 2.11 · triton 3.6.0 · 2026-11-24"
     )
     rows = [line for line in lines if line.startswith("| ") and "×" in line[:20]]
@@ -55,7 +55,7 @@ def test_markdown_sorts_the_shapes(document):
 
 
 def test_csv_is_one_line_a_measurement(document):
-    text = report.comma_separated(document)
+    text = benchmark_report.comma_separated(document)
     rows = list(csv.DictReader(io.StringIO(text.split("\n", 1)[1])))
     assert [row["engine"] for row in rows] == ["inference", "torch"] * 2
 

@@ -11,7 +11,7 @@ import torch
 
 from draftnorm import SamplingConfig, load_model, load_tokenizer
 from draftnorm.decoding.statistics import Cycle, Result, SpeculationStatistics
-from draftnorm.scripts import benchmark_decode, report
+from draftnorm.scripts import benchmark_decode, benchmark_report, report
 from draftnorm.scripts.checkpoints import Loaded
 from draftnorm.scripts.main import main
 
@@ -154,12 +154,12 @@ def test_benchmark_speculate_beside_transformers(make_checkpoint, capsys, tmp_pa
     three = document["results"][2]  # 11 of the 12 tokens are committed by cycles
     assert 1.0 <= three["tokens_per_cycle"] <= 4.0
 
-    headline = report.headline(document)
+    headline = benchmark_report.headline(document)
     assert document["hardware"]["name"] in headline and document["torch"] in headline
     table = benchmark_decode.markdown(document).splitlines()
     rows = [line for line in table if line.startswith("|")]
     assert len(rows) == 2 + 10 and len({line.count("|") for line in rows}) == 1
-    comma_separated = report.comma_separated(document).splitlines()
+    comma_separated = benchmark_report.comma_separated(document).splitlines()
     assert comma_separated[0].startswith("# ") and len(comma_separated) == 2 + 10
 
 

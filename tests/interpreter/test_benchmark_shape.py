@@ -6,7 +6,7 @@ import pytest
 import torch
 from decode_support import needs_run_time_loops
 
-from draftnorm.scripts import benchmark_shape, report, shapes, timing
+from draftnorm.scripts import benchmark_report, benchmark_shape, shapes, timing
 from draftnorm.scripts.main import main
 
 TINY = dict(
@@ -74,7 +74,7 @@ def test_a_step_is_accounted_for(run_tiny) -> None:
     blocks = [block.splitlines() for block in table.split("\n\n") if block.startswith("|")]
     assert len(blocks) == 3 + 2
     assert all(len({line.count("|") for line in block}) == 1 for block in blocks)
-    csv = report.comma_separated(document)
+    csv = benchmark_report.comma_separated(document)
     assert len(csv.splitlines()) == 3
 
 
