@@ -286,16 +286,12 @@ def markdown(document: dict[str, Any]) -> str:
         f"{'yes' if row['same_tokens_as_plain'] else 'no'}"
         for row in document["results"]
     ]
-    return "\n".join(
-        [
-            f"{target['name']}, {target['parameters'] / 1e6:,.1f} M parameters, {target['dtype']}: "
-            f"{load['bytes'] / 1e6:,.0f} MB loaded in {load['seconds']:.2f} s "
-            f"({load['bytes_per_second'] / 1e9:.2f} GB/s). Greedy, median of "
-            f"{document['repeats']}.",
-            "",
-            *table(head, rows),
-        ]
+    title = (
+        f"{target['name']}, {target['parameters'] / 1e6:,.1f} M parameters, {target['dtype']}: "
+        f"{load['bytes'] / 1e6:,.0f} MB loaded in {load['seconds']:.2f} s "
+        f"({load['bytes_per_second'] / 1e9:.2f} GB/s). Greedy, median of {document['repeats']}."
     )
+    return f"{title}\n\n{table(head, rows)}"
 
 
 def draw(document: dict[str, Any], file: Path) -> None:

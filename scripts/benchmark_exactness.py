@@ -250,9 +250,8 @@ def token_level(
 def markdown(document: dict[str, Any]) -> str:
     """A table that can be pasted."""
     verdict = "every bit is equal" if document["equal"] else "**BITS DIFFER**"
-    title = f"{document['model']}, {document['dtype']}: {verdict}."
-    rows = map(_cells, document["results"])
-    return "\n".join([title, "", *table("level | what | of | compared | equal", rows)])
+    rows = table("level | what | of | compared | equal", map(_cells, document["results"]))
+    return f"{document['model']}, {document['dtype']}: {verdict}.\n\n{rows}"
 
 
 def _cells(row: dict[str, Any]) -> str:

@@ -112,4 +112,4 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['dtype']}, {document['prompt_tokens']} + {document['new_tokens']} tokens, "
         f"median of {document['repeats']}."
     )
-    return "\n".join([title, "", *table(head, rows)])
+    return f"{title}\n\n{table(head, rows)}"

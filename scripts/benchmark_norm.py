@@ -217,16 +217,13 @@ def markdown(document: dict[str, Any]) -> str:
         )
         wall.append(" | ".join([title, *(f"{r['wall_seconds'] * 1e6:.1f}" for r in rows)]))
     engines = " | ".join(names)
-    return "\n".join(
+    return "\n\n".join(
         [
             f"RMSNorm, {document['dtype']}, device µs a call (median of {document['repeats']} "
             f"graph replays). Copy limit: {bandwidth / 1e12:.2f} TB/s, measured in this run.",
-            "",
-            *table(f"rows × hidden | copy limit | {engines} | inference GB/s | × limit", device),
-            "",
+            table(f"rows × hidden | copy limit | {engines} | inference GB/s | × limit", device),
             "Eager wall µs a call, host included.",
-            "",
-            *table(f"rows × hidden | {engines}", wall),
+            table(f"rows × hidden | {engines}", wall),
         ]
     )
 

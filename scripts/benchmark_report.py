@@ -48,14 +48,14 @@ def headline(document: dict[str, Any]) -> str:
     return " · ".join([*parts, document["date"][:10]])
 
 
-def table(head: str, rows: Iterable[str]) -> list[str]:
-    """Lines of a markdown table, each given as "cell | cell | cell"."""
+def table(head: str, rows: Iterable[str]) -> str:
+    """A markdown table, of lines that are given as "cell | cell | cell"."""
     rule = " | ".join(["---"] * (1 + head.count("|")))
-    return [f"| {line} |" for line in (head, rule, *rows)]
+    return "\n".join(f"| {line} |" for line in (head, rule, *rows))
 
 
 def rates(row: dict[str, Any]) -> str:
-    """Two cells of a table: tokens a second, and their spread (timing.spread)."""
+    """Two cells of a table: tokens a second, and their `spread`."""
     median, *ends = (number(row[k], ",.1f") for k in ("tokens_per_second", "slowest", "fastest"))
     return f"{median} | {' – '.join(ends)}"
 

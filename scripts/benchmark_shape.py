@@ -227,71 +227,75 @@ class _ExtraMemory:
 def markdown(document: dict[str, Any]) -> str:
     """Tables that can be pasted."""
     limit = document["limit_tokens_per_second"]
-    lines = [
-        f"{document['shape']}, {document['parameters'] / 1e6:,.1f} M parameters, "
-        f"{document['dtype']}. A step reads {document['step_bytes'] / 1e6:,.1f} MB: at most "
-        f"{limit:,.0f} tokens/s at {document['read_bytes_per_second'] / 1e12:.2f} TB/s. Compiling "
-        f"took {document['compile_seconds']:.1f} s (Triton cache {document['triton_cache']}), "
-        f"capturing {document['capture_seconds']:.1f} s, the next session "
-        f"{document['next_session_seconds']:.1f} s in all; memory beyond weights and cache: "
-        f"{_megabytes(document['extra_memory_bytes'])} MB.",
-        "",
-        *table(
-            "prompt | new | engine | tokens/s | spread | of the limit | first token | warm-up",
-            (
-                f"{row['prompt_tokens']} | {row['new_tokens']} | {row['engine']} | "
-                f"{rates(row)} | {row['limit_share']:.1%} | "
-                f"{1e3 * row['first_token_seconds']:.1f} ms | {row['warm_up_seconds']:.1f} s"
-                for row in document["results"]
-            ),
+    engines = table(
+        "prompt | new | engine | tokens/s | spread | of the limit | first token | warm-up",
+        (
+            f"{row['prompt_tokens']} | {row['new_tokens']} | {row['engine']} | {rates(row)} | "
+            f"{row['limit_share']:.1%} | {1e3 * row['first_token_seconds']:.1f} ms | "
+            f"{row['warm_up_seconds']:.1f} s"
+            for row in document["results"]
         ),
-        *(f"\n{note}" for note in document["notes"]),
-        "",
-        f"Products reach {document['product_flops_per_second'] / 1e12:.0f} TFLOP/s.",
-        "",
-        *table(
-            "prefill | ms | tokens/s | of the products' rate | MB beyond weights and cache",
-            (
-                f"{row['prompt_tokens']:,} | {1e3 * row['seconds']:.2f} | "
-                f"{row['tokens_per_second']:,.0f} | {row['product_share']:.1%} | "
-                f"{_megabytes(row['extra_memory_bytes'])}"
-                for row in document["prefill"]
-            ),
+    )
+    prefills = table(
+        "prefill | ms | tokens/s | of the products' rate | MB beyond weights and cache",
+        (
+            f"{row['prompt_tokens']:,} | {1e3 * row['seconds']:.2f} | "
+            f"{row['tokens_per_second']:,.0f} | {row['product_share']:.1%} | "
+            f"{_megabytes(row['extra_memory_bytes'])}"
+            for row in document["prefill"]
         ),
-        "",
-        *table(
-            "context | rows | step, µs | × one row | experts a layer | × bytes of one row",
-            (
-                f"{row['context']:,} | {row['rows']} | {1e6 * row['seconds']:.1f} | "
-                f"{row['times_one_row']:.3f} | {number(row['experts_touched'], '.2f')} | "
-                f"{row['times_bytes']:.3f}"
-                for row in document["steps"]
-            ),
+    )
+    steps = table(
+        "context | rows | step, µs | × one row | experts a layer | × bytes of one row",
+        (
+            f"{row['context']:,} | {row['rows']} | {1e6 * row['seconds']:.1f} | "
+            f"{row['times_one_row']:.3f} | {number(row['experts_touched'], '.2f')} | "
+            f"{row['times_bytes']:.3f}"
+            for row in document["steps"]
         ),
-    ]
-    for context in dict.fromkeys(row["context"] for row in document["kernels"]):
-        rows = [row for row in document["kernels"] if row["context"] == context]
-        step = next(row["seconds"] for row in document["steps"] if row["context"] == context)
-        total = sum(row["seconds"] for row in rows)
-        limits = sum(row["limit_seconds"] or 0.0 for row in rows)
-        cells = []
-        for row in rows:
-            calls, floor = row["calls"], row["limit_seconds"]
-            share = number(floor and row["seconds"] and floor / row["seconds"], ".0%")
-            cells.append(
-                f"{row['kind']} | {calls} | {1e6 * row['seconds'] / calls:.2f} | "
-                f"{row['bytes'] / calls / 1e6:.2f} | {number(floor and 1e6 * floor / calls, '.2f')}"
-                f" | {share} | {1e6 * row['seconds']:.1f} | {row['share']:.1%}"
-            )
-        ends = [("all, one after another", total), ("the step, overlapped", step)]
-        cells += [
-            f"{name} |  |  |  | {1e6 * limits:.1f} a step | {limits / seconds:.0%} | "
-            f"{1e6 * seconds:.1f} | {seconds / step:.1%}"
-            for name, seconds in ends
+    )
+    contexts = dict.fromkeys(row["context"] for row in document["kernels"])
+    return "\n\n".join(
+        [
+            f"{document['shape']}, {document['parameters'] / 1e6:,.1f} M parameters, "
+            f"{document['dtype']}. A step reads {document['step_bytes'] / 1e6:,.1f} MB: at most "
+            f"{limit:,.0f} tokens/s at {document['read_bytes_per_second'] / 1e12:.2f} TB/s. "
+            f"Compiling took {document['compile_seconds']:.1f} s (Triton cache "
+            f"{document['triton_cache']}), capturing {document['capture_seconds']:.1f} s, the next "
+            f"session {document['next_session_seconds']:.1f} s in all; memory beyond weights and "
+            f"cache: {_megabytes(document['extra_memory_bytes'])} MB.",
+            engines,
+            *document["notes"],
+            f"Products reach {document['product_flops_per_second'] / 1e12:.0f} TFLOP/s.",
+            prefills,
+            steps,
+            *(_kernel_table(document, context) for context in contexts),
         ]
-        head = f"kernels at {context:,} | calls | µs a call | MB a call | limit, µs | of bandwidth"
-        lines += ["", *table(f"{head} | µs a step | of a step", cells)]
-    return "\n".join(lines)
+    )
+
+
+def _kernel_table(document: dict[str, Any], context: int) -> str:
+    """Each kind of kernel at that context, and all of them beside the step."""
+    rows = [row for row in document["kernels"] if row["context"] == context]
+    step = next(row["seconds"] for row in document["steps"] if row["context"] == context)
+    cells = []
+    for row in rows:
+        calls, seconds, limit = row["calls"], row["seconds"], row["limit_seconds"]
+        cells.append(
+            f"{row['kind']} | {calls} | {1e6 * seconds / calls:.2f} | "
+            f"{row['bytes'] / calls / 1e6:.2f} | {number(limit and 1e6 * limit / calls, '.2f')} | "
+            f"{number(limit and seconds and limit / seconds, '.0%')} | {1e6 * seconds:.1f} | "
+            f"{row['share']:.1%}"
+        )
+    limit = sum(row["limit_seconds"] or 0.0 for row in rows)
+    total = sum(row["seconds"] for row in rows)
+    for name, seconds in (("all, one after another", total), ("the step, overlapped", step)):
+        cells.append(
+            f"{name} |  |  |  | {1e6 * limit:.1f} a step | {limit / seconds:.0%} | "
+            f"{1e6 * seconds:.1f} | {seconds / step:.1%}"
+        )
+    head = f"kernels at {context:,} | calls | µs a call | MB a call | limit, µs | of bandwidth"
+    return table(f"{head} | µs a step | of a step", cells)
 
 
 def _megabytes(size: int | None) -> str:

@@ -6,12 +6,12 @@ Every key is always there; null means not measured. Seconds, bytes and tokens ar
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,13 @@ def build_document(
 
 def compare(plain: Result, speculative: Result) -> dict[str, Any]:
     """Speed-ups between two finished runs of one prompt, measured side by side."""
+    parts, plain_rate = speculative.speculation, plain.tokens_per_second
+    cycle_seconds = ratio(parts.draft_seconds + parts.verify_seconds, parts.cycles)
     return {
-        "speedup": ratio(speculative.tokens_per_second, plain.tokens_per_second),
+        "speedup": ratio(speculative.tokens_per_second, plain_rate),
         "speedup_end_to_end": ratio(_rate_after_load(speculative), _rate_after_load(plain)),
-        "predicted_speedup": _predicted_speedup(plain, speculative),
+        # Tokens per cycle · t_plain / t_cycle, a cycle being its separately timed draft and verify.
+        "predicted_speedup": ratio(ratio(parts.tokens_per_cycle, plain_rate), cycle_seconds),
     }
 
 
@@ -149,16 +152,6 @@ def _explain(difference: Difference, target: Loaded) -> dict[str, Any]:
     }
 
 
-def _predicted_speedup(plain: Result, speculative: Result) -> float | None:
-    """Tokens per cycle · t_plain / t_cycle, a cycle being its separately timed draft and verify."""
-    parts = speculative.speculation
-    cycle_seconds = ratio(parts.draft_seconds + parts.verify_seconds, parts.cycles)
-    plain_seconds = ratio(1.0, plain.tokens_per_second)
-    if not cycle_seconds or not plain_seconds:
-        return None
-    return parts.tokens_per_cycle * plain_seconds / cycle_seconds
-
-
 def _rate_after_load(result: Result) -> float | None:
     return ratio(len(result.token_ids), (result.time_to_first_token or 0.0) + result.seconds)
 
@@ -181,17 +174,11 @@ def _bandwidth_fraction(model: Transformer, run: Result) -> float | None:
     return steps / run.seconds * bytes_of_a_step(model) / read_bandwidth(model.device)
 
 
-@cache
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
 
 
-@cache
 def _commit() -> str | None:
     """The commit of the running checkout, marked when files differ; None in an installed wheel."""
     root = Path(__file__).resolve().parents[1]
