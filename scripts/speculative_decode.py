@@ -69,15 +69,10 @@ def run(args: argparse.Namespace) -> int:
     seed = args.seed
     if seed is None:
         seed = secrets.randbelow(2**32) if args.temperature > 0 else 0
+    chosen = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     settings = {
         "max_new_tokens": args.max_new_tokens,
-        "sampling": SamplingConfig(
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            seed=seed,
-        ),
+        "sampling": SamplingConfig(seed=seed, **chosen),
         "stop": tuple(args.stop),
         "ignore_eos": args.ignore_eos,
         "context": args.context,

@@ -6,6 +6,7 @@ On the CPU (Triton's interpreter, in tests) everything works on toy sizes by the
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,11 +41,8 @@ def read_bandwidth(device: torch.device) -> float:
     # Random, as weights are: power, and with it the clock, depends on the bits that toggle.
     data = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
     largest = data.new_empty(size // 4 // READ_TILES[0][0])
-    readers: list[Callable[[], Any]] = [data.amax]
-    for block, warps in READ_TILES:
-        readers.append(
-            lambda block=block, warps=warps: read(data, largest, block=block, warps=warps)
-        )
+    ours = (partial(read, data, largest, block=block, warps=warps) for block, warps in READ_TILES)
+    readers = (data.amax, *ours)
     return size / min(statistics.median(device_seconds(reader, 10)) for reader in readers)
 
 
