@@ -76,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
         "stop": tuple(args.stop),
         "ignore_eos": args.ignore_eos,
         "context": args.context,
-        "progress": terminal.ProgressLine(console),
     }
     request = checkpoints.read_request(name, prompt, args, **settings)
     names = [name] if draft in ("ngram", "none") else [name, draft]
@@ -91,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         terminal.show_legend(console)
     if not own_prompt:
         console.print(prompt, style="dim")
+    settings["progress"] = terminal.ProgressLine(console)  # whose patience begins after loading
     what = target.model, request.tokenizer, request.prompt_ids
     plain = speculative = None
     if draft == "none":
