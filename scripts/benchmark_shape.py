@@ -58,18 +58,19 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     bandwidth, flops = timing.read_bandwidth(device), timing.product_rate(device)
     progress(f"{bandwidth / 1e12:.2f} TB/s read, {flops / 1e12:.0f} TFLOP/s in products")
     limit = bandwidth / bytes_of_a_step(model)
-    lengths, counts = args.prompt_tokens or [64], args.new_tokens or [256]
+    lengths = args.prompt_tokens or [64]
+    sizes = list(itertools.product(lengths, args.new_tokens or [256]))
     rows, notes, first_start = [], [], None
 
-    def keep(row: dict[str, Any]) -> None:
+    def keep(prompt: int, new_tokens: int, row: dict[str, Any]) -> None:
         rate, size = row["tokens_per_second"], {"prompt_tokens": prompt, "new_tokens": new_tokens}
         rows.append(size | row | {"limit_share": rate / limit})
         progress(f"{row['engine']}, {prompt} + {new_tokens}: {rate:,.1f} tokens/s")
 
-    for prompt, new_tokens in itertools.product(lengths, counts):
-        row, start = decode(model, prompt, new_tokens, args.repeats)
+    for size in sizes:
+        row, start = decode(model, *size, args.repeats)
         first_start = first_start or start
-        keep(row)
+        keep(*size, row)
     document = {
         **benchmark_report.describe(SCHEMA, args, device),
         "transformers": None if args.no_peers else report.package_version("transformers"),
@@ -90,9 +91,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         **measure_steps(model, args.context, args.rows, bandwidth, args.repeats),
     }
     if not args.no_peers:
-        for prompt, new_tokens in itertools.product(lengths, counts):
+        for size in sizes:
             try:
-                keep(decode_transformers(model, prompt, new_tokens, args.repeats))
+                keep(*size, decode_transformers(model, *size, args.repeats))
             except Exception as error:  # ours is measured; a peer's failure is a finding
                 notes.append(f"transformers was not measured: {' '.join(str(error).split())[:300]}")
                 progress(notes[-1])
@@ -113,9 +114,8 @@ def prefill(model: Transformer, length: int, flops: float, repeats: int) -> dict
     """Seconds of a prompt of `length`, and its share of the rate of products."""
     cache = model.new_cache(length)
     memory = _ExtraMemory()
-    seconds = statistics.median(
-        timing.wall_seconds(lambda: first_token(model, cache, length), repeats)
-    )
+    read_prompt = partial(first_token, model, cache, length)
+    seconds = statistics.median(timing.wall_seconds(read_prompt, repeats))
     progress(f"prefill of {length}: {length / seconds:,.0f} tokens/s")
     return {
         "prompt_tokens": length,

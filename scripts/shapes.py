@@ -37,9 +37,9 @@ def random_model(shape: str, dtype: torch.dtype | None = None) -> Transformer:
 
     bf16 by default. Raises ValueError, in one line, without a GPU.
     """
-    if not (torch.cuda.is_available() or INTERPRETED):
-        raise ValueError(f"--shape {shape} times GPU kernels and needs a CUDA device: found none")
     cuda = torch.cuda.is_available()
+    if not (cuda or INTERPRETED):
+        raise ValueError(f"--shape {shape} times GPU kernels and needs a CUDA device: found none")
     dtype = dtype or (torch.bfloat16 if cuda else torch.float32)  # the interpreter has no bf16
     if shape == "target":
         config = ModelConfig.from_directory(EMBEDDED_FOLDER / shape)

@@ -65,16 +65,16 @@ def measure_steps(
     model: Transformer, contexts: list[int], rows: list[int], bandwidth: float, repeats: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Times of a step of M rows and of its kernels, at every context."""
+    rows = sorted({1, *rows})
     cache = model.new_cache(max(contexts) + max(rows))
     step = DecodeStep(model, cache, rows=max(rows))
-    shapes = [(M, "asked") for M in sorted({1, *rows})]
-    step.prepare(shapes, range(contexts[0], contexts[0] + 1))
+    step.prepare([(M, "asked") for M in rows], range(contexts[0], contexts[0] + 1))
     for layer in cache.keys + cache.values:
         layer.normal_()
     steps, kernels = [], []
     for context in contexts:
         one = None
-        for M in sorted({1, *rows}):
+        for M in rows:
             cache.lengths[0] = context
             step.forward(scattered_tokens(model, M)[None])  # which take different experts
             experts = experts_touched(step, M)
@@ -133,9 +133,8 @@ def experts_touched(step: DecodeStep, rows: int) -> float | None:
 
 def kernel_rows(step: DecodeStep, bandwidth: float, repeats: int) -> Iterator[dict[str, Any]]:
     """For each kind of kernel in the last `forward` of one row: calls, seconds, bytes of all."""
-    device, l2 = step.x.device, 0
-    if device.type == "cuda":
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    device, cuda = step.x.device, step.x.is_cuda
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0
     # A model that the L2 holds is read from there in every step, so then it stays.
     flushed = 4 * l2 if bytes_of_a_step(step.model) > l2 else 2**16
     data = torch.zeros(max(flushed // 4, 8192), dtype=torch.int32, device=device)
