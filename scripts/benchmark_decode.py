@@ -110,14 +110,16 @@ def run_engines(args: argparse.Namespace, *, drafts: list[str], lengths: list[in
     path = checkpoints.resolve(name)
     target = checkpoints.load(name, args, load_tokenizer(path))
     stored_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    prompts = [benchmark_prompt(target, length) for length in args.prompt_tokens or [None]]
+    counts = args.new_tokens or [128]
+    longest, context = max(map(len, prompts)) + max(counts), target.model.config.context
+    if longest > context:  # where ours would end and others go on
+        raise ValueError(f"-p and -n make {longest} tokens, the context is {context}")
     engines = our_engines(target, args, drafts, lengths)
     if not args.no_peers:
         engines |= transformers_engines(target)
     rows = []
-    for prompt_tokens, new_tokens in itertools.product(
-        args.prompt_tokens or [None], args.new_tokens or [128]
-    ):
-        prompt = benchmark_prompt(target, prompt_tokens)
+    for prompt, new_tokens in itertools.product(prompts, counts):
         rows += compare_engines(engines, prompt, new_tokens, args.repeats)
     document = {
         **benchmark_report.describe(SCHEMA, args, target.model.device),

@@ -175,6 +175,13 @@ def test_benchmark_decode_is_plain_decoding_and_n_grams(make_checkpoint, capsys)
     assert document["transformers"] is None
 
 
+def test_engines_are_not_measured_past_the_context(make_checkpoint, capsys):
+    argv = ["benchmark", "decode", "--target", str(make_checkpoint()), "--device", "cpu"]
+    assert main([*argv, "-p", "9,500", "-n", "13", "-r", "1"]) == 1  # the context is 512
+    captured = capsys.readouterr()
+    assert captured.out == "" and "-p and -n make 513 tokens, the context is 512" in captured.err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     "command", ["decode --shape llama-3.2-1b", "ladder", "decode --shape target --device cpu"]
