@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step = steps.add_parser("corpus", help="collect Python source of installed packages")
     _add_folders(step, out="corpus")
     packages = [Path(path) for path in site.getsitepackages()]
-    step.add_argument("--root", type=Path, nargs="+", default=packages, metavar="SITE_PACKAGES")
+    step.add_argument("--root", type=_folder, nargs="+", default=packages, metavar="SITE_PACKAGES")
     step.set_defaults(run=run_corpus)
 
     step = steps.add_parser("tokenizer", help="train the tokenizer and write token ids")
@@ -104,6 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--prompts", type=positive_int, default=200, metavar="N")
     step.add_argument("--out", type=Path, default=Path("runs/evaluation.json"), metavar="FILE")
     step.set_defaults(run=run_evaluate)
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a directory")
+    return Path(text)
 
 
 def _add_folders(parser: argparse.ArgumentParser, **folders: str) -> None:

@@ -85,6 +85,7 @@ def test_help_names_every_command(capsys):
         ["generate", "--draft", "ngram"],
         ["generate", "--prompt", "a", "--prompt-file", "b"],
         ["benchmark", "decode", "-p", ","],
+        ["train", "corpus", "--root", "/nowhere/at/all"],
         ["benchmark", "exactness", "--rows", ""],
     ],
 )
