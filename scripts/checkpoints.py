@@ -27,32 +27,6 @@ EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "model" / "embedded"
 # Where a fetched checkpoint is looked for by its name, relative to the working directory.
 FETCHED_FOLDER = Path("checkpoints")
 
-# Code to edit: the answer repeats its input, which is where an n-gram drafter shines.
-DEMO_PROMPT = """\
-Rewrite this Python class with the name `Queue` instead of `Stack`. Change nothing else.
-
-```python
-class Stack:
-    def __init__(self):
-        self.items = []
-
-    def push(self, item):
-        self.items.append(item)
-
-    def pop(self):
-        if len(self.items) == 0:
-            raise IndexError("pop from an empty stack")
-        return self.items.pop()
-
-    def peek(self):
-        if len(self.items) == 0:
-            raise IndexError("peek at an empty stack")
-        return self.items[-1]
-
-    def size(self):
-        return len(self.items)
-```"""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
@@ -90,10 +64,15 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
 
 
 def built_in_prompt(target: str) -> str:
-    """A function head to complete for the embedded target, an instruction for any other."""
+    """A function head to complete for the embedded target, for any other an instruction.
+
+    Its code is to be edited: the answer repeats its input, which is where an n-gram drafter shines.
+    """
     if target == "target":
-        return (EMBEDDED_FOLDER / "target" / "prompt.txt").read_text(encoding="utf-8")
-    return DEMO_PROMPT
+        file = EMBEDDED_FOLDER / "target" / "prompt.txt"
+    else:
+        file = Path(__file__).with_name("demo_prompt.txt")
+    return file.read_text(encoding="utf-8")
 
 
 def list_names() -> None:

@@ -3,13 +3,13 @@
 Every key is always there; null means not measured. Seconds, bytes and tokens are the only units.
 """
 
+import argparse
 import json
 import os
 import platform
 import re
 import resource
 import subprocess
-from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import draftnorm
-from draftnorm.decoding.sampling import SamplingConfig
+from draftnorm.decoding.request import Request
 from draftnorm.decoding.statistics import Result, SpeculationStatistics
 from draftnorm.decoding.verification import Difference, first_difference
 from draftnorm.model.transformer import Transformer
@@ -30,28 +30,24 @@ SCHEMA = "draftnorm/speculate/1"
 
 
 def build_document(
-    *,
-    command: str,
+    args: argparse.Namespace,
+    request: Request,
     target: Loaded,
     draft: Loaded | str,
-    sampling: SamplingConfig,
-    draft_length: int | str,
-    acceptance: str,
     plain: Result | None,
     speculative: Result | None,
-    prompt_ids: Sequence[int],
 ) -> dict[str, Any]:
     """All that is known of a run, `plain` or `speculative` or both, keyed as the schema lists."""
     shown = speculative or plain
     document = {
         "schema": SCHEMA,
         **describe_environment(target.model.device),
-        "command": command,
+        "command": args.command_line,
         "target": checkpoints.describe(target),
         "draft": checkpoints.describe(draft),
-        "sampling": asdict(sampling),
-        "draft_length": draft_length if speculative else None,
-        "acceptance": acceptance if speculative else None,
+        "sampling": asdict(request.sampler.sampling),
+        "draft_length": args.draft_length if speculative else None,
+        "acceptance": args.acceptance if speculative else None,
         "text": shown.text,
         "token_ids": list(shown.token_ids),
         "prompt_tokens": shown.prompt_tokens,
@@ -70,9 +66,8 @@ def build_document(
     }
     if plain and speculative and "interrupted" not in (plain.stop_reason, speculative.stop_reason):
         document |= compare(plain, speculative)
-        difference = first_difference(
-            target.model, prompt_ids, plain.token_ids, speculative.token_ids
-        )
+        tokens = plain.token_ids, speculative.token_ids
+        difference = first_difference(target.model, request.prompt_ids, *tokens)
         document["identical"] = difference is None
         document["first_difference"] = difference and _explain(difference, target)
     return document

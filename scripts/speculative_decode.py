@@ -110,17 +110,7 @@ def run(args: argparse.Namespace) -> int:
             console.print("plain decoding of the same prompt, to compare …", style="dim")
             plain = decode(generate(*what, **settings), nowhere)
 
-    document = report.build_document(
-        command=args.command_line,
-        target=target,
-        draft=draft,
-        sampling=settings["sampling"],
-        draft_length=args.draft_length,
-        acceptance=args.acceptance,
-        plain=plain,
-        speculative=speculative,
-        prompt_ids=request.prompt_ids,
-    )
+    document = report.build_document(args, request, target, draft, plain, speculative)
     if args.json:
         print(report.dump(document))
     terminal.show_summary(document, console)

@@ -129,7 +129,7 @@ def test_without_a_prompt_it_compares_on_the_built_in_one(make_checkpoint, run_j
     target = make_checkpoint(max_position_embeddings=2048)
     document = run_json("speculate", "--target", str(target), *SHORT)
     assert document["identical"] is True and document["draft"]["name"] == "ngram"
-    assert document["prompt_tokens"] == len(checkpoints.DEMO_PROMPT.encode())
+    assert document["prompt_tokens"] == len(checkpoints.built_in_prompt("any other").encode())
 
 
 def test_rejection_sampling_draws_and_reports_a_seed(make_checkpoint, run_json):

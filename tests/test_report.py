@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 import torch
 
-from draftnorm import SamplingConfig, load_model, load_tokenizer
+from draftnorm import load_model, load_tokenizer
+from draftnorm.decoding.request import Request
 from draftnorm.decoding.statistics import Cycle, Result, SpeculationStatistics
 from draftnorm.scripts import benchmark_decode, benchmark_report, report
 from draftnorm.scripts.checkpoints import Loaded
@@ -47,18 +49,12 @@ def build(path, **changes):
         tokenizer=load_tokenizer(path),
         seconds=0.25,
     )
-    arguments = {
-        "command": "draftnorm speculate",
-        "target": loaded,
-        "draft": "ngram",
-        "sampling": SamplingConfig(),
-        "draft_length": "auto",
-        "acceptance": "exact",
-        "plain": PLAIN,
-        "speculative": SPECULATIVE,
-        "prompt_ids": [10, 11, 12],
-    }
-    document = report.build_document(**arguments | changes)
+    args = SimpleNamespace(
+        command_line="draftnorm speculate", draft_length="auto", acceptance="exact"
+    )
+    request = Request.of(loaded.model.config, loaded.tokenizer, [10, 11, 12])
+    runs = {"draft": "ngram", "plain": PLAIN, "speculative": SPECULATIVE} | changes
+    document = report.build_document(args, request, loaded, **runs)
     schema = Path(report.__file__).with_name("speculate.schema.json").read_text()
     jsonschema.validate(json.loads(report.dump(document)), json.loads(schema))
     return document
@@ -198,8 +194,6 @@ def test_unknown_shapes_are_wrong_usage():
 
 
 def test_bandwidth_fraction_by_hand(monkeypatch):
-    from types import SimpleNamespace
-
     from draftnorm.scripts import step_times, timing
 
     monkeypatch.setattr(timing, "read_bandwidth", lambda _: 1e12)
