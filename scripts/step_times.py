@@ -138,11 +138,7 @@ def kernel_rows(step: DecodeStep, bandwidth: float, repeats: int) -> Iterator[di
     # A model that the L2 holds is read from there in every step, so then it stays.
     flushed = 4 * l2 if bytes_of_a_step(step.model) > l2 else 2**16
     data = torch.zeros(max(flushed // 4, 8192), dtype=torch.int32, device=device)
-    largest = data.new_empty(data.numel() // 8192)
-
-    def read() -> None:
-        timing.read(data, largest)
-
+    read = partial(timing.read, data, data.new_empty(data.numel() // 8192))
     empty = _chain_seconds([read], repeats)
     launches: list[Launch] = []
     observe_step(step, 1, launches.append)
