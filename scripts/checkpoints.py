@@ -1,4 +1,4 @@
-"""The checkpoints that names stand for, loaded, and what a person is told of them."""
+"""The checkpoints that names stand for: found, checked, loaded, described."""
 
 import argparse
 import hashlib
