@@ -154,21 +154,6 @@ def wanted(
     return p_MV, choice_M
 
 
-def draft_loss(
-    draft: Transformer, context_BT: Tensor, p_MV: Tensor, choice_M: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy to the weights `p_MV`, and how often both have the same first choice.
-
-    A vocabulary of fp32 a row is what a step moves most of: the softmax casts on its way, and one
-    inner product makes no third tensor of that size.
-    """
-    logits_MV = draft(context_BT).flatten(0, 1)
-    log_q_MV = logits_MV.log_softmax(dim=-1, dtype=torch.float32)
-    loss = -torch.dot(p_MV.flatten(), log_q_MV.flatten()) / len(choice_M)
-    agreement = (logits_MV.detach().argmax(dim=-1) == choice_M).float().mean()
-    return loss, {"loss": loss.detach(), "agreement": agreement}
-
-
 def distillation_loss(target: Transformer, *, first_choice: float = 0.5) -> Loss:
     """Cross-entropy to the target's distribution plus `first_choice` times that to its argmax.
 
@@ -178,6 +163,13 @@ def distillation_loss(target: Transformer, *, first_choice: float = 0.5) -> Loss
 
     def loss_of(draft: Transformer, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         context_BT = tokens[:, :-1]
-        return draft_loss(draft, context_BT, *wanted(target, context_BT, first_choice=first_choice))
+        p_MV, choice_M = wanted(target, context_BT, first_choice=first_choice)
+        logits_MV = draft(context_BT).flatten(0, 1)
+        # A vocabulary of fp32 a row is what a step moves most of: the softmax casts on its way, and
+        # one inner product makes no third tensor of that size.
+        log_q_MV = logits_MV.log_softmax(dim=-1, dtype=torch.float32)
+        loss = -torch.dot(p_MV.flatten(), log_q_MV.flatten()) / len(choice_M)
+        agreement = (logits_MV.detach().argmax(dim=-1) == choice_M).float().mean()
+        return loss, {"loss": loss.detach(), "agreement": agreement}
 
     return loss_of

@@ -19,7 +19,8 @@ from draftnorm.model.config import ModelConfig
 class KVCache:
     """`keys[layer]` and `values[layer]` are [B, G, S, K]; `lengths[b]` counts tokens.
 
-    Raises ValueError if that does not fit the free memory.
+    `experts_touched` counts what `Transformer.decode` touched with it in `expert_layer_passes`, one
+    a sparse layer and tile of rows. Raises ValueError if it does not fit the free memory.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class KVCache:
             )
         self.capacity = capacity
         self.lengths = [0] * batch
+        self.experts_touched = self.expert_layer_passes = 0
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in config.windows]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in config.windows]
 

@@ -1,4 +1,4 @@
-"""Who decodes, asks here: a DecodeStep where its kernels run, and else a ReadableStep."""
+"""Who decodes, asks here: a DecodeStep where its kernels run, else the same by library calls."""
 
 import logging
 from collections.abc import Sequence
@@ -10,12 +10,28 @@ from draftnorm.kernels.compilation import OutOfResources, Progress
 from draftnorm.kernels.cycle import Text
 from draftnorm.model.cache import KVCache
 from draftnorm.model.decode_step import ROWS, DecodeStep
-from draftnorm.model.readable_step import ReadableStep
 from draftnorm.model.transformer import Transformer
 
 logger = logging.getLogger("draftnorm")
 
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+class ReadableStep:
+    """`Transformer.decode` bound to a cache, with what DecodeStep's users look at."""
+
+    chosen = compile_seconds = capture_seconds = None
+
+    def __init__(self, model: Transformer, cache: KVCache, vocabulary: int | None) -> None:
+        self.model, self.cache, self.vocabulary = model, cache, vocabulary
+
+    def expert_counts(self) -> tuple[int, int]:
+        """Experts touched by the steps so far, and the layers that touched them (once a tile)."""
+        return self.cache.experts_touched, self.cache.expert_layer_passes
+
+    def forward(self, tokens_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Append T tokens to every sequence of the cache; logits after each, fp32 [B, T, V]."""
+        return self.model.decode(tokens_BT, self.cache)[:, :, : self.vocabulary]
 
 
 def open_step(
@@ -30,7 +46,7 @@ def open_step(
     text: Text | None = None,
     ngrams: range | None = None,
     progress: Progress | None = None,
-) -> "DecodeStep | ReadableStep":
+) -> DecodeStep | ReadableStep:
     """The way to decode with this empty cache: DecodeStep on a GPU that can run it.
 
     It will be asked to `forward` blocks of so many tokens and to `run` steps of so many rows and

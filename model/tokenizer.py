@@ -81,24 +81,13 @@ class Tokenizer:
         decoder = IncrementalDecoder(self, skip_special=skip_special)
         return decoder.push(*ids) + decoder.flush()
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> str:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The prompt for messages, each {"role", "content"}, by the checkpoint's chat template."""
         if self.chat_template is None:
             raise TokenizerError("this checkpoint has no chat template")
-        return render_chat_template(
-            self.chat_template,
-            messages,
-            special_tokens=self.vocabulary.roles,
-            add_generation_prompt=add_generation_prompt,
-        )
-
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> list[int]:
-        """The prompt's ids. A template writes BOS itself, so none is added."""
-        return self.encode(self.render_chat(messages, add_generation_prompt), add_special=False)
+        roles = self.vocabulary.roles
+        text = render_chat_template(self.chat_template, messages, special_tokens=roles)
+        return self.encode(text, add_special=False)  # a template writes BOS itself
 
 
 class IncrementalDecoder:

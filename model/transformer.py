@@ -195,7 +195,6 @@ class Transformer(nn.Module):
                 self.lm_head = Weights(config.vocab_size, config.hidden_size)
         device, dtype = device or "cpu", dtype or torch.get_default_dtype()
         self._apply(lambda meta: torch.empty(meta.shape, device=device, dtype=dtype))
-        self.experts_touched = self.expert_layer_passes = 0  # over all decode calls
 
     @property
     def device(self) -> torch.device:
@@ -316,8 +315,8 @@ class Transformer(nn.Module):
 
         call = Call(rows=len(rows))
         x_MD = self.run_layers(tokens_M, attend, tile_linear, call)
-        self.experts_touched += call.experts_touched
-        self.expert_layer_passes += sum(map(self.config.is_sparse, range(self.config.num_layers)))
+        cache.experts_touched += call.experts_touched
+        cache.expert_layer_passes += sum(map(self.config.is_sparse, range(self.config.num_layers)))
         return tile_linear(x_MD, self.head_VD())[: len(rows)].float()
 
     def run_layers(self, tokens_M: Tensor, attend: Attend, product: Product, call: Call) -> Tensor:

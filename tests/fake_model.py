@@ -36,7 +36,6 @@ class FakeModel:
     """`logits_of(tokens, position) -> [V]` sees the last tokens, oldest first."""
 
     device, dtype = torch.device("cpu"), torch.float32
-    experts_touched = expert_layer_passes = 0
 
     def __init__(
         self,

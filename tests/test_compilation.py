@@ -125,8 +125,7 @@ def test_a_gpu_that_cannot_run_the_kernels_is_named_and_gets_the_readable_path(
     monkeypatch.setattr(open_step, "DecodeStep", Step)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
-    counters = dict(experts_touched=0, expert_layer_passes=0)
-    model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, **counters)
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
     with caplog.at_level(logging.WARNING, "draftnorm"):
         step = open_step.open_step(model, None, blocks=(1,), lengths=range(1, 2))
     assert isinstance(step, Step) == (said is None)

@@ -112,7 +112,8 @@ def test_parameter_count_and_experts_touched(model: Transformer) -> None:
     model.prefill(tokens(3), cache)
     model.decode(tokens(1)[None], cache)
     sparse = sum(map(model.config.is_sparse, range(model.config.num_layers)))
-    assert model.experts_touched == sparse * model.config.experts_per_token
+    assert cache.experts_touched == sparse * model.config.experts_per_token
+    assert cache.expert_layer_passes == sparse
 
 
 def test_empty_prompt_and_full_cache_are_clear_errors(model: Transformer) -> None:
