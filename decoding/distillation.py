@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from draftnorm.kernels.attention import block_attention
-from draftnorm.kernels.linear import block_linear
 from draftnorm.kernels.rotary import rotate_heads
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.corpus import TokenBlocks
@@ -90,7 +89,7 @@ def sample_sequences(
             return out_BH1K.reshape(B, -1)
 
         tokens_M = tokens_BS[:, start:end].flatten()
-        x_MD = model.run_layers(tokens_M, attend, block_linear, Call())
+        x_MD = model.run_layers(tokens_M, Call(attend))
         return linear(x_MD.view(B, end - start, -1)[:, -1], model.head_VD()).float()
 
     # Not cuDNN's attention: it plans anew for every length, 43 ms a step on an H200 and not 9.

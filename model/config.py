@@ -84,11 +84,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
-        if self.architecture not in ARCHITECTURES:
-            raise ConfigError(
-                f"model_type {self.architecture!r} is not supported; supported are "
-                + ", ".join(ARCHITECTURES)
-            )
+        _known_family(self.architecture)
         sizes = (
             "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_size"
         )
@@ -99,8 +95,10 @@ class ModelConfig:
         _positive_float("rope theta", self.rope.theta)
         _positive_float("rope factor", self.rope.factor)
         if self.rope.kind == "llama3":
-            if not 0 < self.rope.low_freq_factor < self.rope.high_freq_factor < math.inf:
-                raise ConfigError("rope llama3 needs 0 < low_freq_factor < high_freq_factor")
+            _positive_float("rope low_freq_factor", self.rope.low_freq_factor)
+            _positive_float("rope high_freq_factor", self.rope.high_freq_factor)
+            if self.rope.low_freq_factor >= self.rope.high_freq_factor:
+                raise ConfigError("rope llama3 needs low_freq_factor < high_freq_factor")
             _positive_int("rope original_max_position_embeddings", self.rope.original_context)
         if self.head_size % 2:
             raise ConfigError(f"head size {self.head_size} is odd; rotary embedding needs pairs")
@@ -164,11 +162,7 @@ class ModelConfig:
         if not isinstance(fields, dict):
             raise ConfigError("the top level is not a JSON object")
         reader = _Reader(fields)
-        family = reader.take("model_type", None)
-        if not isinstance(family, str) or family not in ARCHITECTURES:
-            raise ConfigError(
-                f"model_type {family!r} is not supported; supported are " + ", ".join(ARCHITECTURES)
-            )
+        family = _known_family(reader.take("model_type", None))
         classes = reader.take("architectures", None) or [ARCHITECTURES[family]]
         if not isinstance(classes, list) or ARCHITECTURES[family] not in classes:
             raise ConfigError(f"architecture {classes} is not supported; expected a causal LM")
@@ -176,8 +170,6 @@ class ModelConfig:
             raise ConfigError("quantised checkpoints are not supported (quantization_config)")
         if reader.take("hidden_act", "silu") not in ("silu", "swish"):
             raise ConfigError(f"activation {fields['hidden_act']!r} is not supported; only silu is")
-        if reader.take("partial_rotary_factor", 1.0) not in (1, None):
-            raise ConfigError("partial_rotary_factor is not supported unless it is 1.0")
 
         heads = reader.take("num_attention_heads")
         hidden = reader.take("hidden_size")
@@ -199,8 +191,8 @@ class ModelConfig:
             intermediate_size=reader.take("intermediate_size"),
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=_or(reader.take("num_key_value_heads", None), heads),
-            head_size=_or(reader.take("head_dim", None), default_head),
+            num_kv_heads=reader.given("num_key_value_heads", default=heads),
+            head_size=reader.given("head_dim", default=default_head),
             norm_eps=reader.take("rms_norm_eps", 1e-6),
             tie_embeddings=reader.flag("tie_word_embeddings"),
             context=context,
@@ -212,23 +204,23 @@ class ModelConfig:
             windows=_read_windows(reader, family, layers),
             bos_token_id=reader.take("bos_token_id", None),
             eos_token_ids=token_ids(reader.take("eos_token_id", None)),
-            initializer_range=_or(reader.take("initializer_range", None), 0.02),
+            initializer_range=reader.given("initializer_range", default=0.02),
         )
         if family == "mixtral":
-            experts = _or(reader.take("num_local_experts", None), reader.take("num_experts", None))
+            experts = reader.given("num_local_experts", "num_experts", default=8)
             config |= dict(
-                num_experts=_positive_int("num_local_experts", _or(experts, 8)),
+                num_experts=_positive_int("num_local_experts", experts),
                 experts_per_token=reader.take("num_experts_per_tok", 2),
                 expert_size=config["intermediate_size"],
             )
         elif family == "qwen3_moe":
-            experts = _or(reader.take("num_experts", None), reader.take("num_local_experts", None))
+            experts = reader.given("num_experts", "num_local_experts", default=128)
             step = _positive_int("decoder_sparse_step", reader.take("decoder_sparse_step", 1))
             dense = reader.take("mlp_only_layers", None) or []
             if not isinstance(dense, list):
                 raise ConfigError(f"mlp_only_layers must be a list of layers, not {dense!r}")
             config |= dict(
-                num_experts=_positive_int("num_experts", _or(experts, 128)),
+                num_experts=_positive_int("num_experts", experts),
                 experts_per_token=reader.take("num_experts_per_tok", 8),
                 expert_size=reader.take("moe_intermediate_size", 768),
                 normalize_router=reader.flag("norm_topk_prob"),
@@ -309,6 +301,11 @@ class _Reader:
             raise ConfigError(f"{name} is missing")
         return default[0]
 
+    def given(self, *names: str, default: object) -> object:
+        """The first of these spellings that is there and not null."""
+        values = [self.take(name, None) for name in names]
+        return next((value for value in values if value is not None), default)
+
     def flag(self, name: str) -> bool:
         value = self.take(name, False)
         if value not in (True, False, None):
@@ -322,29 +319,25 @@ class _Reader:
 
 
 def _read_rope(reader: _Reader, family: str, context: int) -> RopeConfig:
-    scaling = reader.take("rope_parameters", None) or reader.take("rope_scaling", None) or {}
-    reader.take("rope_scaling", None)
+    old = reader.take("rope_scaling", None)
+    scaling = reader.take("rope_parameters", None) or old or {}
     if not isinstance(scaling, dict):
         raise ConfigError(f"rope_scaling is not an object: {scaling!r}")
     rope = _Reader(scaling)
     default_theta = 1e6 if family == "mixtral" else 1e4  # as transformers' classes do
     theta = reader.take("rope_theta", default_theta)
-    kind = _or(rope.take("rope_type", None), rope.take("type", None))
-    options = {"theta": _or(rope.take("rope_theta", None), theta), "kind": _or(kind, "default")}
-    if options["kind"] not in _ROPE_KINDS:
-        raise ConfigError(f"rope type {options['kind']!r} is not supported, only {_ROPE_KINDS}")
-    if rope.take("partial_rotary_factor", 1.0) not in (1, None):
-        raise ConfigError("partial_rotary_factor is not supported unless it is 1.0")
-    if options["kind"] == "llama3":
-        options |= {
-            "factor": rope.take("factor"),
-            "low_freq_factor": rope.take("low_freq_factor"),
-            "high_freq_factor": rope.take("high_freq_factor"),
-            "original_context": rope.take("original_max_position_embeddings", context),
-        }
-        for name in ("low_freq_factor", "high_freq_factor"):
-            _positive_float(name, options[name])
-    elif options["kind"] in ("linear", "dynamic"):
+    kind = rope.given("rope_type", "type", default="default")
+    options = {"theta": rope.given("rope_theta", default=theta), "kind": kind}
+    if kind not in _ROPE_KINDS:
+        raise ConfigError(f"rope type {kind!r} is not supported, only {_ROPE_KINDS}")
+    for fields in (reader, rope):
+        if fields.take("partial_rotary_factor", 1.0) not in (1, None):
+            raise ConfigError("partial_rotary_factor is not supported unless it is 1.0")
+    if kind == "llama3":
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            options[name] = rope.take(name)
+        options["original_context"] = rope.take("original_max_position_embeddings", context)
+    elif kind in ("linear", "dynamic"):
         # Within max_position_embeddings, which is our context, "dynamic" leaves frequencies alone.
         options["factor"] = rope.take("factor")
         rope.take("original_max_position_embeddings", None)
@@ -386,8 +379,11 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
     return None if not ids else ids[0] if len(ids) == 1 else list(ids)
 
 
-def _or(value: object, default: object) -> object:
-    return default if value is None else value
+def _known_family(name: object) -> str:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        families = ", ".join(ARCHITECTURES)
+        raise ConfigError(f"model_type {name!r} is not supported; supported are {families}")
+    return name
 
 
 def _positive_int(name: str, value: object) -> int:

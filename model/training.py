@@ -195,26 +195,24 @@ def train(
     *,
     folder: Path,
     report: Callable[[dict], None] = lambda row: None,
-    stop_after: int | None = None,
 ) -> list[dict]:
     """Train `model` in place and return the history; continue from folder/state.safetensors.
 
     `report` gets {"step", "learning_rate", "tokens_per_second", "loss", ...} every report_every
-    steps and at the last. `stop_after` ends early, with a checkpoint. Raises ValueError if the
-    checkpoint found belongs to another configuration.
+    steps and at the last. Raises ValueError if the checkpoint found belongs to another
+    configuration.
     """
     optimizer = MasterAdamW(model, config)
     first, history = _load_state(folder, optimizer, config, model.config)
-    last = min(config.steps, stop_after or config.steps)
     since, clock = first, time.perf_counter()
-    for step in range(first, last):
+    for step in range(first, config.steps):
         tokens = blocks.batch(step, config.batch_size, seed=config.seed)
         loss, numbers = loss_of(model, tokens.to(model.device, non_blocking=True))
         loss.backward()
         learning_rate = config.learning_rate_at(step)
         numbers["gradient_norm"] = optimizer.step(learning_rate)
         done = step + 1
-        if done % config.report_every == 0 or done == last:
+        if done % config.report_every == 0 or done == config.steps:
             # Reading the numbers waits for the device; between reports it runs ahead of the host.
             values = {name: value.item() for name, value in numbers.items()}
             now = time.perf_counter()
@@ -225,7 +223,7 @@ def train(
             report(history[-1])
             if not math.isfinite(values["loss"]):
                 raise ValueError(f"the loss is {values['loss']} at step {done}; train more gently")
-        if done % config.checkpoint_every == 0 or done == last:
+        if done % config.checkpoint_every == 0 or done == config.steps:
             _save_state(folder, optimizer, config, model.config, done, history)
     return history
 

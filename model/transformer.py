@@ -38,11 +38,27 @@ from draftnorm.model.config import ModelConfig
 
 PREFILL_CHUNK = 512  # chunks start at multiples of it, so a prompt's cache depends on it alone
 
-# (qkv_MNK, layer) -> attention output [M, H·K]; turns q and k, puts k and v where a cache is.
-Attend = Callable[[Tensor, int], Tensor]
-# (x_MK, weight_NK, bias_N, residual_MN) -> x Wᵀ + b + residual, perhaps in the residual's place:
-# for blocks of any number of rows, or the row-invariant product of a decode tile.
-Product = Callable[..., Tensor]
+
+class Call:
+    """A pass through the layers: what the three ways of calling the model differ in.
+
+    `attend(qkv_MNK, layer)` turns q and k, puts k and v where a cache is and returns attention's
+    output [M, H·K]; it alone knows positions. `rows` are the real ones of a decode tile, of which
+    products and experts are row-invariant; None outside decoding. `project(x_MK, weight_NK, bias_N,
+    residual_MN)` is x Wᵀ + b + residual, perhaps in the residual's place. A list given as
+    `router_logits` receives those of each MoE layer.
+    """
+
+    def __init__(
+        self,
+        attend: Callable[[Tensor, int], Tensor],
+        *,
+        rows: int | None = None,
+        router_logits: list[Tensor] | None = None,
+    ) -> None:
+        self.attend, self.rows, self.router_logits = attend, rows, router_logits
+        self.project = block_linear if rows is None else tile_linear
+        self.experts_touched = 0
 
 
 class Weights(nn.Module):
@@ -82,15 +98,15 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_size, config.norm_eps)
             self.k_norm = RMSNorm(config.head_size, config.norm_eps)
 
-    def forward(self, x_MD: Tensor, normed_MD: Tensor, attend: Attend, product: Product) -> Tensor:
+    def forward(self, x_MD: Tensor, normed_MD: Tensor, call: Call) -> Tensor:
         H, G, K = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
-        qkv_MNK = product(normed_MD, self.qkv_proj.weight, self.qkv_proj.bias)
+        qkv_MNK = call.project(normed_MD, self.qkv_proj.weight, self.qkv_proj.bias)
         qkv_MNK = qkv_MNK.view(-1, H + 2 * G, K)
         if self.config.qk_norm:
             q_MHK, k_MGK, v_MGK = qkv_MNK.split((H, G, G), dim=1)
             qkv_MNK = torch.cat((self.q_norm(q_MHK), self.k_norm(k_MGK), v_MGK), dim=1)
-        out_MHK = attend(qkv_MNK, self.layer)
-        return product(out_MHK, self.o_proj.weight, self.o_proj.bias, x_MD)
+        out_MHK = call.attend(qkv_MNK, self.layer)
+        return call.project(out_MHK, self.o_proj.weight, self.o_proj.bias, x_MD)
 
 
 class MLP(nn.Module):
@@ -102,9 +118,9 @@ class MLP(nn.Module):
         self.gate_up_proj = Weights(2 * F, D, bias=config.mlp_bias)
         self.down_proj = Weights(D, F, bias=config.mlp_bias)
 
-    def forward(self, x_MD: Tensor, normed_MD: Tensor, product: Product) -> Tensor:
-        both_M2F = product(normed_MD, self.gate_up_proj.weight, self.gate_up_proj.bias)
-        return product(gated(both_M2F), self.down_proj.weight, self.down_proj.bias, x_MD)
+    def forward(self, x_MD: Tensor, normed_MD: Tensor, call: Call) -> Tensor:
+        both_M2F = call.project(normed_MD, self.gate_up_proj.weight, self.gate_up_proj.bias)
+        return call.project(gated(both_M2F), self.down_proj.weight, self.down_proj.bias, x_MD)
 
 
 class Experts(nn.Module):
@@ -116,7 +132,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """A router and its experts."""
+    """x + the experts that a router chooses for the normed x, weighted by it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -124,8 +140,8 @@ class MoE(nn.Module):
         self.gate = Weights(config.num_experts, config.hidden_size)
         self.experts = Experts(config)
 
-    def forward(self, x_MD: Tensor, product: Product, call: "Call") -> Tensor:
-        logits_ME = product(x_MD, self.gate.weight, None)
+    def forward(self, x_MD: Tensor, normed_MD: Tensor, call: Call) -> Tensor:
+        logits_ME = call.project(normed_MD, self.gate.weight)
         if call.router_logits is not None:
             call.router_logits.append(logits_ME.float())
         ids_MA, weights_MA = route(
@@ -133,19 +149,10 @@ class MoE(nn.Module):
         )
         weights = (self.experts.gate_up_proj, self.experts.down_proj)
         if call.rows is None:
-            return grouped_experts(x_MD, ids_MA, weights_MA, *weights)
-        out_MD, touched = tile_experts(x_MD, ids_MA, weights_MA, *weights, rows=call.rows)
+            return x_MD + grouped_experts(normed_MD, ids_MA, weights_MA, *weights)
+        out_MD, touched = tile_experts(normed_MD, ids_MA, weights_MA, *weights, rows=call.rows)
         call.experts_touched += touched
-        return out_MD
-
-
-class Call:
-    """What one pass through the layers needs besides its rows, and what it counts on the way."""
-
-    def __init__(self, rows: int | None = None, router_logits: list[Tensor] | None = None) -> None:
-        self.rows = rows  # real rows of a decode tile; None outside decoding
-        self.router_logits = router_logits
-        self.experts_touched = 0
+        return x_MD + out_MD
 
 
 class Layer(nn.Module):
@@ -156,12 +163,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MoE(config) if config.is_sparse(layer) else MLP(config)
 
-    def forward(self, x_MD: Tensor, attend: Attend, product: Product, call: Call) -> Tensor:
-        x_MD = self.self_attn(x_MD, self.input_layernorm(x_MD), attend, product)
-        normed_MD = self.post_attention_layernorm(x_MD)
-        if isinstance(self.mlp, MoE):
-            return x_MD + self.mlp(normed_MD, product, call)
-        return self.mlp(x_MD, normed_MD, product)
+    def forward(self, x_MD: Tensor, call: Call) -> Tensor:
+        x_MD = self.self_attn(x_MD, self.input_layernorm(x_MD), call)
+        return self.mlp(x_MD, self.post_attention_layernorm(x_MD), call)
 
 
 class _Body(nn.Module):
@@ -233,8 +237,7 @@ class Transformer(nn.Module):
             out = block_attention(q, k.transpose(1, 2), v.transpose(1, 2), window=window)
             return out.reshape(B * T, -1)
 
-        call = Call(router_logits=router_logits)
-        x_MD = self.run_layers(tokens_BT.flatten(), attend, block_linear, call)
+        x_MD = self.run_layers(tokens_BT.flatten(), Call(attend, router_logits=router_logits))
         return linear(x_MD, self.head_VD()).view(B, T, -1)
 
     @torch.inference_mode()
@@ -272,7 +275,7 @@ class Transformer(nn.Module):
             visible = (x[b : b + 1, :, first:end] for x in stored)
             return block_attention(q_MHK[None], *visible, window=window).flatten(-2)[0]
 
-        return self.run_layers(tokens_T, attend, block_linear, Call())
+        return self.run_layers(tokens_T, Call(attend))
 
     @torch.inference_mode()
     def decode(self, tokens_BT: Tensor | Sequence[Sequence[int]], cache: KVCache) -> Tensor:
@@ -313,22 +316,17 @@ class Transformer(nn.Module):
                 out_MHK[m] = row_attention(q_MHK[m], keys[b], values[b], begin, p + 1).view(-1)
             return out_MHK
 
-        call = Call(rows=len(rows))
-        x_MD = self.run_layers(tokens_M, attend, tile_linear, call)
+        call = Call(attend, rows=len(rows))
+        x_MD = self.run_layers(tokens_M, call)
         cache.experts_touched += call.experts_touched
         cache.expert_layer_passes += sum(map(self.config.is_sparse, range(self.config.num_layers)))
         return tile_linear(x_MD, self.head_VD())[: len(rows)].float()
 
-    def run_layers(self, tokens_M: Tensor, attend: Attend, product: Product, call: Call) -> Tensor:
-        """Embedding, every layer, final norm: the normed hidden state [M, D] of M rows.
-
-        The three ways of calling the model differ in what they pass here. `attend` knows positions,
-        stores and finds keys, `product` computes projections, `call` says what else the pass is
-        about.
-        """
+    def run_layers(self, tokens_M: Tensor, call: Call) -> Tensor:
+        """Embedding, every layer, final norm: the normed hidden state [M, D] of M rows."""
         x_MD = embedding(tokens_M, self.model.embed_tokens.weight)
         for layer in self.model.layers:
-            x_MD = layer(x_MD, attend, product, call)
+            x_MD = layer(x_MD, call)
         return self.model.norm(x_MD)
 
     def rotary_table(self, positions_M: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,9 +44,15 @@ def run(folder: Path, blocks: TokenBlocks, config: TrainingConfig = SHORT, **opt
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, blocks):
-    whole, history = run(tmp_path / "whole", blocks)
-    run(tmp_path / "killed", blocks, stop_after=10)
-    resumed, resumed_history = run(tmp_path / "killed", blocks)
+    def killed(row: dict) -> None:
+        if row["step"] == 15:
+            raise KeyboardInterrupt
+
+    config = replace(SHORT, checkpoint_every=10)
+    whole, history = run(tmp_path / "whole", blocks, config)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", blocks, config, report=killed)
+    resumed, resumed_history = run(tmp_path / "killed", blocks, config)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     losses = [[(row["step"], row["loss"]) for row in h] for h in (history, resumed_history)]
@@ -54,7 +60,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, blocks):
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, blocks):
-    run(tmp_path, blocks, stop_after=2)
+    run(tmp_path, blocks, replace(SHORT, steps=2))
     with pytest.raises(ValueError, match="another run"):
         run(tmp_path, blocks, replace(SHORT, learning_rate=1e-4))
 
