@@ -61,9 +61,8 @@ class Request:
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not prompt_ids:
             raise ValueError("the prompt is empty, and the tokenizer adds no token to begin with")
-        if not all(0 <= token < size for token in prompt_ids):
-            wrong = next(token for token in prompt_ids if not 0 <= token < size)
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {size} ids")
+        if wrong := [token for token in prompt_ids if not 0 <= token < size]:
+            raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {size} ids")
         if not isinstance(limit, Integral) or not 1 <= limit <= most:
             raise ValueError(
                 f"context must be 1 … {most}, what the model was made for, not {limit}"

@@ -8,6 +8,7 @@ n tokens accepted n − 1 drafts and a cycle always makes progress.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -92,9 +93,7 @@ def first_difference(
     model: Transformer, prompt_ids: Sequence[int], a: Sequence[int], b: Sequence[int]
 ) -> Difference | None:
     """Compare two outputs of one prompt; None if they are equal."""
-    longest = max(len(a), len(b))
-    padded = [[*tokens, *[None] * (longest - len(tokens))] for tokens in (a, b)]
-    for index, tokens in enumerate(zip(*padded, strict=True)):
+    for index, tokens in enumerate(zip_longest(a, b)):
         if tokens[0] != tokens[1]:
             context = [*prompt_ids, *a[:index]]
             logits_V = model.prefill(context, model.new_cache(len(context)))

@@ -149,7 +149,7 @@ class ModelConfig:
             raise ConfigError(f"{path} has no config.json")
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file} cannot be read as JSON: {error}") from None
         try:
             return cls.from_dict(fields)

@@ -79,12 +79,8 @@ class TokenBlocks:
         if len(self) < batch_size:
             raise ValueError(f"{len(self)} blocks do not fill a batch of {batch_size}")
         epoch, place = divmod(step, len(self) // batch_size)
-        starts_B = (
-            _order(len(self), seed, epoch)[place * batch_size : (place + 1) * batch_size]
-            * self.size
-        )
-        positions_BT = starts_B[:, None] + np.arange(self.size + 1)
-        return torch.from_numpy(self.tokens[positions_BT].astype(np.int64))
+        order = _order(len(self), seed, epoch)[place * batch_size : (place + 1) * batch_size]
+        return torch.stack([self[block] for block in order])
 
 
 @lru_cache(maxsize=16)

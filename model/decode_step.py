@@ -20,6 +20,7 @@ Steps that nobody waits for are model/decode_run.py's. Who decodes asks `open_st
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,18 +37,12 @@ from draftnorm.kernels.decode_attention import (
 from draftnorm.kernels.decode_experts import route_rows
 from draftnorm.kernels.decode_norm import SQUARES, Norm, normalize, pdl_options
 from draftnorm.kernels.head import choose, embed
-from draftnorm.kernels.projection import (
-    Experts,
-    Rotary,
-    Workspace,
-    choose_tiling,
-    project,
-)
+from draftnorm.kernels.projection import Experts, Rotary, Workspace, choose_tiling, project
 from draftnorm.kernels.rms_norm import INTERPRETED, rms_norm_forward
 from draftnorm.kernels.sample import Draw, SampleWorkspace, is_filtered, sample
 from draftnorm.model.cache import KVCache
 from draftnorm.model.streamed_layers import StreamedLayers, can_stream
-from draftnorm.model.transformer import PREFILL_CHUNK, Layer, Transformer
+from draftnorm.model.transformer import PREFILL_CHUNK, Layer, RMSNorm, Transformer
 
 ROWS = 16  # the most rows of a step unless its owner asks for more
 NORMS = ("train", "inference", "fused")
@@ -355,12 +350,12 @@ class DecodeStep:
             k_norm=attention.k_norm.weight if qk_norm else None,
         )  # fmt: skip
         self._project("qkv", self.q, self.x, attention.qkv_proj.weight, rows, "rotary",
-                      bias=attention.qkv_proj.bias, norm=layer.input_layernorm,
+                      bias_N=attention.qkv_proj.bias, norm=layer.input_layernorm,
                       rotary=rotary)  # fmt: skip
         self.attend(index, T, tier)
         attended = self.attended.view(self.rows, -1)
         self._project("o", self.x, attended, attention.o_proj.weight, rows, "residual",
-                      bias=attention.o_proj.bias)  # fmt: skip
+                      bias_N=attention.o_proj.bias)  # fmt: skip
 
     def attend(self, index: int, T: int, tier: int, *, eager: bool = False) -> None:
         """Launch attention of a layer: T rows of each sequence, `q` to `attended`."""
@@ -373,9 +368,9 @@ class DecodeStep:
     def _mlp(self, layer: Layer, rows: int) -> None:
         gate_up, down = layer.mlp.gate_up_proj, layer.mlp.down_proj
         gated = self.gated[: self.rows * self.config.intermediate_size].view(self.rows, -1)
-        self._project("gate_up", gated, self.x, gate_up.weight, rows, "gated", bias=gate_up.bias,
-                      norm=layer.post_attention_layernorm)  # fmt: skip
-        self._project("down", self.x, gated, down.weight, rows, "residual", bias=down.bias)
+        self._project("gate_up", gated, self.x, gate_up.weight, rows, "gated",
+                      bias_N=gate_up.bias, norm=layer.post_attention_layernorm)  # fmt: skip
+        self._project("down", self.x, gated, down.weight, rows, "residual", bias_N=down.bias)
 
     def _experts(self, layer: Layer, chosen: Tensor, rows: int) -> None:
         mlp, norm = layer.mlp, layer.post_attention_layernorm
@@ -397,21 +392,10 @@ class DecodeStep:
                       experts=out)  # fmt: skip
 
     def _project(
-        self,
-        kind: str,
-        out: Tensor | None,
-        x: Tensor,
-        weight: Tensor,
-        rows: int,
-        epilogue: str,
-        *,
-        bias: Tensor | None = None,
-        norm: torch.nn.Module | None = None,
-        rotary: Rotary | None = None,
-        experts: Experts | None = None,
-        best: tuple[Tensor, Tensor] | None = None,
-        draw: Draw | None = None,
-    ) -> None:
+        self, kind: str, out: Tensor | None, x: Tensor, weight: Tensor, rows: int, epilogue: str,
+        *, norm: RMSNorm | None = None, **operands: Any,
+    ) -> None:  # fmt: skip
+        """A product with the norm before it; `operands` are what else `project` takes."""
         prologue = None
         if norm is not None and self.norm == "fused":
             prologue = Norm(weight=norm.weight, squares=self.squares, eps=norm.eps)
@@ -425,7 +409,6 @@ class DecodeStep:
         residual, squares = (self.x, self.squares) if epilogue == "residual" else (None, None)
         project(
             out, x, weight, rows=rows, epilogue=epilogue, workspace=self.workspace,
-            tiling=self.tilings[kind], pdl=self.pdl, bias_N=bias, norm=prologue,
-            residual_MN=residual, squares_out=squares, rotary=rotary, best=best, draw=draw,
-            experts=experts,
+            tiling=self.tilings[kind], pdl=self.pdl, norm=prologue, residual_MN=residual,
+            squares_out=squares, **operands,
         )  # fmt: skip

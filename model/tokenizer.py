@@ -64,10 +64,6 @@ class Tokenizer:
         """The number of ids. A model's embedding may have more rows, as padding."""
         return len(self.tokens)
 
-    def token(self, token_id: int) -> str:
-        """The name of an id, "" for padding."""
-        return self.tokens[token_id] if 0 <= token_id < self.vocab_size else ""
-
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """The ids of a text, with BOS (and EOS) where the model wants them."""
         try:
