@@ -128,8 +128,8 @@ class ModelDrafter:
         self.engine = open_step(
             model,
             self._cache,
-            blocks=() if text else (ROWS, 2, 1),  # to catch up, the first step, every other
-            run=DRAFT_STEPS if text else (),
+            # To catch up, the first step, every other.
+            DRAFT_STEPS if text else [(rows, "asked") for rows in (ROWS, 2, 1)],
             text=text,
             settings=sampler.settings() if text else None,
             lengths=range(min(prompt_length, self._context), self._context + 1),

@@ -46,25 +46,23 @@ class PlainDecoder:
         model: Transformer,
         request: Request,
         *,
-        blocks: Sequence[int] = (),
-        cycles: Sequence[int] = (1,),
+        steps: Sequence[tuple[int, str]] = ((1, "cycle"),),
         ngrams: range | None = None,
         slack: int = 0,
     ) -> None:
-        """Speculation names the lengths of the `blocks` that it will have verified and of those in
-        `cycles` of the device's, which may look up `ngrams` (`open_step`). `slack` is cache beyond
-        the user's limit, for drafts that will not all be kept. Without cycles tokens come of logits
-        alone, whatever the device would choose.
+        """Speculation names the `steps` and `ngrams` of its own (`open_step`); `slack` is cache
+        beyond the user's limit, for drafts that will not all be kept. Without cycles among the
+        steps tokens come of logits alone, whatever the device would choose.
         """
         self.model, self.sampler, self.clock = model, request.sampler, request.clock
         self._progress = request.progress
         self._lengths = range(len(request.prompt_ids), request.longest + slack + 1)
         self.cache = model.new_cache(self._lengths[-1])
+        cycles = any(end == "cycle" for _, end in steps)
         self.engine = open_step(
             model,
             self.cache,
-            blocks=blocks,
-            run=[(rows, "cycle") for rows in cycles],
+            steps,
             settings=self.sampler.settings() if cycles else None,
             lengths=self._lengths,
             ngrams=ngrams,

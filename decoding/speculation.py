@@ -103,15 +103,15 @@ class SpeculativeDecoder(PlainDecoder):
         acceptance: str,
     ) -> None:
         rows = range(1, length.most + 2)  # the last committed token and up to so many drafts
+        asked, cycles = ([(T, end) for T in rows] for end in ("asked", "cycle"))
         self._exact = acceptance == "exact"
         self._looks_up = type(drafter) is NgramDrafter  # whatever else another may do
         joins = self._exact and (self._looks_up or not hasattr(drafter, "propose"))
-        alone = (1,) if self._exact else ()
+        alone = cycles[:1] if self._exact else []
         super().__init__(
             model,
             request,
-            blocks=() if joins else rows,
-            cycles=rows if joins else alone,
+            steps=cycles if joins else asked + alone,
             ngrams=drafter.lengths if self._looks_up else None,
             slack=MAX_DRAFT_LENGTH,
         )
@@ -123,7 +123,7 @@ class SpeculativeDecoder(PlainDecoder):
                 self._run.drafter = drafter.engine
             elif self._by_device:  # another device, or no kernels for it
                 self._by_device = False
-                self.engine.prepare([(T, "asked") for T in rows], self._lengths, request.progress)
+                self.engine.prepare(asked, self._lengths, request.progress)
             if any(engine.compile_seconds is not None for engine in engines):
                 self.compile_seconds = sum(engine.compile_seconds or 0 for engine in engines)
                 self.capture_seconds = sum(engine.capture_seconds or 0 for engine in engines)

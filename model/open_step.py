@@ -37,9 +37,8 @@ class ReadableStep:
 def open_step(
     model: Transformer,
     cache: KVCache,
+    steps: Sequence[tuple[int, str]],
     *,
-    blocks: Sequence[int] = (),
-    run: Sequence[tuple[int, str]] = (),
     lengths: range,
     settings: Tensor | None = None,
     vocabulary: int | None = None,
@@ -49,12 +48,12 @@ def open_step(
 ) -> DecodeStep | ReadableStep:
     """The way to decode with this empty cache: DecodeStep on a GPU that can run it.
 
-    It will be asked to `forward` blocks of so many tokens and to `run` steps of so many rows and
-    one of ENDINGS, at cache `lengths`: what that needs is compiled and captured here. With
-    `settings` (int64 [B, 7], see `pack_settings`) a DecodeStep samples instead of taking the
-    argmax. Ids from `vocabulary` on do not exist. `text` and `ngrams` are those of DecodeStep.
-    Which way it is follows from the device and the dtype alone, and a GPU that cannot run the
-    kernels is named in a warning.
+    `steps` are the tokens of a sequence and the ending, "asked" for `forward`, of all that will be
+    run, at cache `lengths`: what that needs is compiled and captured here. With `settings` (int64
+    [B, 7], see `pack_settings`) a DecodeStep samples instead of taking the argmax. Ids from
+    `vocabulary` on do not exist. `text` and `ngrams` are those of DecodeStep. Which way it is
+    follows from the device and the dtype alone, and a GPU that cannot run the kernels is named in a
+    warning.
     """
     device, dtype = model.device, model.dtype
     if device.type != "cuda":
@@ -64,11 +63,11 @@ def open_step(
     elif dtype not in DTYPES:
         reason = f"the kernels take bfloat16 and float16, not {dtype}"
     else:
-        rows = max([ROWS, *blocks])
+        rows = max(ROWS, *(T for T, _ in steps))
         own = dict(vocabulary=vocabulary, settings=settings, text=text, ngrams=ngrams)
         step = DecodeStep(model, cache, rows=rows, **own)
         try:
-            step.prepare([*((T, "asked") for T in blocks), *run], lengths, progress)
+            step.prepare(steps, lengths, progress)
             return step
         except OutOfResources as error:  # less shared memory than a tiling was made for
             reason = str(error)

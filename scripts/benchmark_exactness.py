@@ -150,9 +150,8 @@ def model_and_cache_levels(
     """Verifies of T rows beside single steps: their logits, and the cache that they leave."""
     end, room = prompt + steps, prompt + steps + max(rows)
     cache = model.new_cache(room)
-    decode = open_step(
-        model, cache, blocks=sorted({1, *rows}), lengths=range(prompt, room + 1)
-    ).forward
+    asked = [(T, "asked") for T in sorted({1, *rows})]
+    decode = open_step(model, cache, asked, lengths=range(prompt, room + 1)).forward
     model.prefill(tokens_T[:prompt], cache)
     alone = torch.cat([decode(tokens_T[None, t : t + 1])[0].clone() for t in range(prompt, end)])
     kept = _new_positions(cache, prompt, end)

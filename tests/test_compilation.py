@@ -127,7 +127,7 @@ def test_a_gpu_that_cannot_run_the_kernels_is_named_and_gets_the_readable_path(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
     model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
     with caplog.at_level(logging.WARNING, "draftnorm"):
-        step = open_step.open_step(model, None, blocks=(1,), lengths=range(1, 2))
+        step = open_step.open_step(model, None, [(1, "asked")], lengths=range(1, 2))
     assert isinstance(step, Step) == (said is None)
     assert isinstance(step, open_step.ReadableStep)
     assert ([said in record.getMessage() for record in caplog.records] or [None]) == [said and True]

@@ -43,7 +43,9 @@ def test_a_row_has_the_same_bits_in_any_company(pair, rows: int, start: int) -> 
     end = start + 91
     tokens = random_tokens(1, end, rows)
     cache = KVCache(target.config, capacity=1024, device="cuda", dtype=target.dtype)
-    step = open_step(target, cache, blocks=range(1, rows + 1), lengths=range(start, end + 1))
+    step = open_step(
+        target, cache, [(T, "asked") for T in range(1, rows + 1)], lengths=range(start, end + 1)
+    )
     assert isinstance(step, DecodeStep)
     target.prefill(tokens[0, :start], cache)
     alone = [step.forward(tokens[:, t : t + 1])[0].clone() for t in range(start, end)]
@@ -58,10 +60,10 @@ def test_a_sequence_of_a_batch_has_the_bits_it_has_alone(pair) -> None:
     target, _ = pair
     tokens, starts = random_tokens(3, 300, 1), (5, 250, 17)
     together = KVCache(target.config, batch=3, capacity=320, device="cuda", dtype=target.dtype)
-    steps = [open_step(target, together, blocks=(5,), lengths=range(1, 321))]
+    steps = [open_step(target, together, [(5, "asked")], lengths=range(1, 321))]
     for b, start in enumerate(starts):
         alone = KVCache(target.config, capacity=320, device="cuda", dtype=target.dtype)
-        steps.append(open_step(target, alone, blocks=(5,), lengths=range(1, 321)))
+        steps.append(open_step(target, alone, [(5, "asked")], lengths=range(1, 321)))
         target.prefill(tokens[b, :start], alone)
         target.prefill(tokens[b, :start], together, sequence=b)
     for i in range(0, 30, 5):
@@ -200,7 +202,7 @@ def test_a_drafter_proposes_what_its_model_says(pair) -> None:
     drafter = ModelDrafter(draft, sampler, vocabulary=draft.config.vocab_size, capacity=128)
     drafter.prefill(prompt)
     cache = KVCache(draft.config, capacity=128, device="cuda", dtype=draft.dtype)
-    step = open_step(draft, cache, blocks=(1, 2), lengths=range(1, 128))
+    step = open_step(draft, cache, [(1, "asked"), (2, "asked")], lengths=range(1, 128))
     draft.prefill(prompt[:-2], cache)
     rows, expected = prompt[-2:], []
     for _ in range(9):

@@ -41,7 +41,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[DecodeStep]:
     """The steps that decoders opened, in order."""
     opened: list[DecodeStep] = []
 
-    def opened_step(model, cache, *, blocks=(), run=(), lengths, progress, **own) -> DecodeStep:
+    def opened_step(model, cache, steps, *, lengths, progress, **own) -> DecodeStep:
         opened.append(DecodeStep(model, cache, **own))
         return opened[-1]
 
