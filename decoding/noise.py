@@ -53,12 +53,10 @@ def philox4x32(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[n
 class Noise:
     """The noise of one request. The request id is the caller's, never a batch slot."""
 
-    seed: int
+    seed: int  # 64 bits, which SamplingConfig has checked
     request_id: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"the seed must be in 0 … 2⁶⁴ − 1, not {self.seed}")
         if not 0 <= self.request_id < 2**32:
             raise ValueError(f"the request id must be in 0 … 2³² − 1, not {self.request_id}")
 

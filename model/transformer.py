@@ -251,17 +251,17 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Append a prompt to one sequence of the cache; the last token's logits, fp32 [V]."""
         tokens_T = self._as_tokens(tokens_T)
-        start, total = cache.lengths[sequence], len(tokens_T)
-        cache.extend(total, sequence)
-        x_MD = None
-        while len(tokens_T):
-            end = min(start + len(tokens_T), (start // PREFILL_CHUNK + 1) * PREFILL_CHUNK)
-            x_MD = self._prefill_chunk(tokens_T[: end - start], cache, sequence, start)
-            tokens_T, start = tokens_T[end - start :], end
-            if progress:  # a GPU's queue, and with it this loop, is a chunk or two ahead
-                progress("reading the prompt", total - len(tokens_T), total)
-        if x_MD is None:
+        if not len(tokens_T):
             raise ValueError("an empty prompt has no next token")
+        span = cache.extend(len(tokens_T), sequence)
+        start = span.start
+        while start < span.stop:
+            end = min(span.stop, (start // PREFILL_CHUNK + 1) * PREFILL_CHUNK)
+            chunk_T = tokens_T[start - span.start : end - span.start]
+            x_MD = self._prefill_chunk(chunk_T, cache, sequence, start)
+            start = end
+            if progress:  # a GPU's queue, and with it this loop, is a chunk or two ahead
+                progress("reading the prompt", end - span.start, len(span))
         return linear(x_MD[-1], self.head_VD()).float()
 
     def _prefill_chunk(self, tokens_T: Tensor, cache: KVCache, b: int, start: int) -> Tensor:

@@ -80,7 +80,7 @@ def test_extreme_bits_stay_inside() -> None:
     assert np.isfinite(-np.log(-np.log(ends))).all()
 
 
-@pytest.mark.parametrize(("seed", "request_id"), [(-1, 0), (2**64, 0), (0, -1), (0, 2**32)])
-def test_out_of_range(seed: int, request_id: int) -> None:
+@pytest.mark.parametrize("request_id", [-1, 2**32])
+def test_out_of_range(request_id: int) -> None:
     with pytest.raises(ValueError, match=r"must be in 0 …"):
-        Noise(seed, request_id)
+        Noise(0, request_id)
