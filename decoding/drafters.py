@@ -6,7 +6,7 @@ silent without harm: it decides how fast tokens come, never which.
 """
 
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from typing import Protocol
 
 import torch
@@ -147,13 +147,10 @@ class ModelDrafter:
         self._feed(self._tokens)
 
     def catch_up(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
-        kept = self._cache.lengths[0]
-        if self._drafts:  # drafts that were accepted are cached at the right place already
-            agreed = next(
-                (i for i, d in enumerate(self._drafts) if tokens[i : i + 1] != [d]),
-                len(self._drafts),
-            )
-            kept = min(kept, len(self._tokens) + agreed)
+        # Drafts that were accepted are cached at the right place already.
+        pairs = zip(self._drafts, tokens, strict=False)
+        accepted = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        kept = min(self._cache.lengths[0], len(self._tokens) + accepted)
         self._cache.rollback(kept)
         self.extend(tokens)
         # Something is missing only if cycles went by without drafting. Full blocks, of which the

@@ -27,8 +27,8 @@ from draftnorm.model.checkpoint_names import Piece, is_harmless, stored_pieces
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.transformer import Transformer
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _OURS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
 _LARGEST_INDEX = 100_000_000  # bytes; safetensors holds its own headers to as much
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -106,14 +106,14 @@ def save_model(model: Transformer, path: str | Path, *, max_shard_size: int | st
             _write_json(Path(scratch, "config.json"), fields)
             for number, names in enumerate(shards, 1):
                 sharded = f"model-{number:05}-of-{len(shards):05}.safetensors"
-                file = sharded if len(shards) > 1 else _SINGLE
+                file = sharded if len(shards) > 1 else SINGLE
                 views = {n: pieces[n].of(parameters[pieces[n].parameter]).cpu() for n in names}
                 save_file(views, Path(scratch, file), metadata={"format": "pt"})
                 shutil.copymode(Path(scratch, "config.json"), Path(scratch, file))  # not its 0600
                 weight_map |= dict.fromkeys(names, file)
             if len(shards) > 1:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-                _write_json(Path(scratch, _INDEX), index)
+                _write_json(Path(scratch, INDEX), index)
             _swap_in(Path(scratch), directory)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {directory}: {_line(error)}") from None
@@ -143,7 +143,7 @@ def _read_headers(directory: Path) -> dict[str, _Stored]:
     """Every tensor of the checkpoint by name, from the files' headers."""
     stored: dict[str, _Stored] = {}
     index = _read_index(directory)
-    for file in index or [_SINGLE]:
+    for file in index or [SINGLE]:
         if not (directory / file).is_file():
             pickled = any(directory.glob("pytorch_model*.bin"))
             hint = "; pytorch_model.bin is pickled and never read, convert it" if pickled else ""
@@ -163,7 +163,7 @@ def _read_headers(directory: Path) -> dict[str, _Stored]:
 
 def _read_index(directory: Path) -> dict[str, set[str]]:
     """File name -> names of its tensors, by the index; empty if there is no index."""
-    path = directory / _INDEX
+    path = directory / INDEX
     if not path.exists():
         return {}
     try:

@@ -85,10 +85,8 @@ class ModelConfig:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         _known_family(self.architecture)
-        sizes = (
-            "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_size"
-        )
-        for name in [*sizes.split(), "context"]:
+        sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads"
+        for name in [*sizes.split(), "head_size", "context"]:
             _positive_int(name, getattr(self, name))
         for name in ("norm_eps", "initializer_range"):
             _positive_float(name, getattr(self, name))
@@ -180,8 +178,7 @@ class ModelConfig:
         _positive_int("hidden_size", hidden)
         default_head = 128 if family == "qwen3" else hidden // heads  # as transformers' classes do
         attention_bias = reader.flag("attention_bias")
-        bias_is_optional = family in ("llama", "qwen3", "qwen3_moe")
-        if attention_bias and not bias_is_optional:
+        if attention_bias and family not in ("llama", "qwen3", "qwen3_moe"):
             raise ConfigError(f"attention_bias is not supported for {family}")
         context = reader.take("max_position_embeddings", 2048)
         config = dict(

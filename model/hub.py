@@ -22,11 +22,10 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from torch.nn.functional import cross_entropy
 
-from draftnorm.model.checkpoint import load_model
+from draftnorm.model.checkpoint import INDEX, SINGLE, load_model
 from draftnorm.model.tokenizer import load_tokenizer
 
 MANIFEST = "draftnorm.json"
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HUB_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model")
 _HUB_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _HUB_FILES += ("chat_template.jinja",)
@@ -149,12 +148,12 @@ def plan_hub(repository: str, output: Path | None) -> HubPlan:
         info = HfApi().model_info(repository, files_metadata=True)
         present = {file.rfilename: file.size or 0 for file in info.siblings}
         names = [name for name in _HUB_FILES if name in present]
-        if _INDEX in present:
-            index = Path(hf_hub_download(repository, _INDEX, revision=info.sha))
+        if INDEX in present:
+            index = Path(hf_hub_download(repository, INDEX, revision=info.sha))
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            names += [_INDEX, *sorted(set(shards))]
-        elif _SINGLE in present:
-            names.append(_SINGLE)
+            names += [INDEX, *sorted(set(shards))]
+        elif SINGLE in present:
+            names.append(SINGLE)
     for name in names:
         if name not in present or name.endswith((".bin", ".pth", ".pt")):
             raise FetchError(f"{repository}: the index names {name!r}, which is not to be had")
