@@ -25,6 +25,8 @@ LLAMA = {
     "eos_token_id": [2, 3],
 }
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
 
 def read(**changes: object) -> ModelConfig:
     return ModelConfig.from_dict({**LLAMA, **changes})
@@ -77,8 +79,7 @@ def test_round_trip(name: str) -> None:
         extra = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     if name == "qwen3_moe":
         extra |= {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [1]}
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
-    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+    scaling = LLAMA3 | {"original_max_position_embeddings": 128}
     config = ModelConfig.from_dict(family(name, rope_scaling=scaling, **extra))
     assert ModelConfig.from_dict(config.to_dict()) == config
 
@@ -107,6 +108,31 @@ MISTAKES = {
     "partial rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "llama with a window": (dict(sliding_window=16), "sliding_window"),
     "bad stop id": (dict(eos_token_id="two"), "token ids"),
+    "low above high": (
+        dict(rope_scaling=dict(LLAMA3, low_freq_factor=8.0)),
+        "low_freq_factor < high_freq_factor",
+    ),
+    "infinite factor": (
+        dict(rope_scaling=dict(LLAMA3, high_freq_factor=float("inf"))),
+        "high_freq_factor must be a positive finite number",
+    ),
+    "partial rotary in rope": (
+        dict(rope_scaling=dict(LLAMA3, partial_rotary_factor=0.5)),
+        "partial_rotary_factor",
+    ),
+    "more experts a token than experts": (
+        family("mixtral", num_local_experts=2, num_experts_per_tok=3),
+        "3 experts a token but only 2",
+    ),
+    "no experts": (family("mixtral", num_local_experts=0), "num_local_experts"),
+    "bias of another family": (family("mistral", attention_bias=True), "for mistral"),
+    "dense layers that are no list": (family("qwen3_moe", mlp_only_layers=1), "mlp_only_layers"),
+    "windows from a fraction": (
+        family("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0.5),
+        "max_window_layers",
+    ),
+    "kinds of other layers": (family("qwen3", layer_types=["full_attention"]), "each of the 2"),
+    "unknown kind of layer": (family("qwen3", layer_types=["full_attention", "ssm"]), "'ssm'"),
 }
 
 

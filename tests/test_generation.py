@@ -78,6 +78,12 @@ def test_text_is_held_back_only_while_a_stop_string_could_form() -> None:
     assert [len(chunk.token_ids) for chunk in chunks] == [1, 3, 1]
 
 
+def test_the_rest_of_a_token_shown_in_part_comes_without_ids() -> None:
+    _, chunks = run(["ab", "c", "."], "plain", stop=["b.", "c<"])
+    shown = [(chunk.text, chunk.token_ids) for chunk in chunks]
+    assert shown == [("a", (ID["ab"],)), ("b", ()), ("c.", (ID["c"], ID["."]))]
+
+
 def test_no_half_characters() -> None:
     _, chunks = run(["a", HALF, REST], "plain")
     assert [chunk.text for chunk in chunks] == ["a", "", "é"]

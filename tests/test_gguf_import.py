@@ -388,3 +388,16 @@ def test_odd_tensors_are_refused_by_name(name, values, reason, tmp_path):
     path = write_gguf(tmp_path / "odd.gguf", tensors)
     with pytest.raises(GGUFError, match=reason):
         import_gguf(path, tmp_path / "out")
+
+
+def test_missing_tensors_and_integers_are_refused_by_name(tmp_path):
+    path = write_gguf(tmp_path / "none.gguf", {})
+    with pytest.raises(GGUFError, match=r"tensor blk\.0\.attn_q\.weight is missing"):
+        import_gguf(path, tmp_path / "out")
+    whole = write_gguf(tmp_path / "model.gguf").read_bytes()
+    name = b"output_norm.weight"
+    kind = whole.index(name) + len(name) + struct.calcsize("<IQ")  # after the rank and 32 values
+    integers = gguf.GGMLQuantizationType.I32.to_bytes(4, "little")
+    (tmp_path / "int.gguf").write_bytes(whole[:kind] + integers + whole[kind + 4 :])
+    with pytest.raises(GGUFError, match=r"output_norm\.weight: type I32 is not supported"):
+        import_gguf(tmp_path / "int.gguf", tmp_path / "out")

@@ -351,6 +351,12 @@ def test_other_failures_are_one_line(tmp_path, byte_level, sentencepiece_model):
     library.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TokenizerError, match=r"WordPiece.* is not supported"):
         load_tokenizer(tmp_path)
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.decoder = decoders.ByteLevel()
+    (tmp_path / "empty").mkdir()
+    library.save(str(tmp_path / "empty" / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="it has no tokens"):
+        load_tokenizer(tmp_path / "empty")
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "config.json").unlink()
     for size in (0, 1, 10, len(sentencepiece_model) // 2, len(sentencepiece_model) - 1):

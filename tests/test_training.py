@@ -65,6 +65,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, blocks):
         run(tmp_path, blocks, replace(SHORT, learning_rate=1e-4))
 
 
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, blocks):
+    with pytest.raises(ValueError, match="train more gently"):
+        run(tmp_path, blocks, replace(SHORT, learning_rate=1e30))
+
+
 def test_training_learns_the_language(tmp_path, blocks):
     config = replace(SHORT, steps=120, batch_size=8, warmup_steps=20, learning_rate=6e-3)
     reports: list[dict] = []
