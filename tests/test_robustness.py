@@ -270,7 +270,14 @@ def test_interrupt_while_comparing_keeps_the_speculative_numbers(
 def _start(*argv: str, **streams: int) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "scripts" / "main.py"), *argv]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **streams)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        # A shell's background job ignores Ctrl-C, and what it starts inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **streams,
+    )
 
 
 def _endless(directory: Path) -> list[str]:
