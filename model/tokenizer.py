@@ -12,7 +12,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +34,18 @@ class TokenizerError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Vocabulary:
-    """What a tokenizer file gives: an encoder, and for each id its name and its bytes."""
+class Tokenizer:
+    """Text to ids and back, stop ids and chat prompts of one checkpoint; see load_tokenizer."""
 
-    encode: Callable[[str, bool], list[int]]  # (text, add special tokens) -> ids
-    tokens: list[str]
+    encoder: Callable[[str, bool], list[int]]  # (text, add special tokens) -> ids
+    tokens: list[str]  # the name of each id as the file spells it, "" in gaps
     token_bytes: list[bytes]
     special: frozenset[int]
     drops_space: bool  # the first space of a text is the encoder's own
     roles: dict[str, str]  # "bos_token" -> "<s>" and so on
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tokenizer:
-    """Text to ids and back, stop ids and chat prompts of one checkpoint; see load_tokenizer."""
-
-    vocabulary: Vocabulary
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     chat_template: str | None = None
-
-    @property
-    def tokens(self) -> list[str]:
-        """The name of each id as the file spells it ("" in gaps), to compare vocabularies by."""
-        return self.vocabulary.tokens
 
     @property
     def vocab_size(self) -> int:
@@ -70,7 +58,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode: {error}") from None
-        return self.vocabulary.encode(text, add_special)
+        return self.encoder(text, add_special)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of ids. What is not UTF-8 becomes U+FFFD; padding stands for nothing."""
@@ -81,8 +69,7 @@ class Tokenizer:
         """The prompt for messages, each {"role", "content"}, by the checkpoint's chat template."""
         if self.chat_template is None:
             raise TokenizerError("this checkpoint has no chat template")
-        roles = self.vocabulary.roles
-        text = render_chat_template(self.chat_template, messages, special_tokens=roles)
+        text = render_chat_template(self.chat_template, messages, special_tokens=self.roles)
         return self.encode(text, add_special=False)  # a template writes BOS itself
 
 
@@ -90,10 +77,9 @@ class IncrementalDecoder:
     """Turns ids into text as they come; all its pieces together are `tokenizer.decode(ids)`."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False) -> None:
-        vocabulary = tokenizer.vocabulary
-        self._token_bytes, self._drops_space = vocabulary.token_bytes, vocabulary.drops_space
+        self._token_bytes, self._drops_space = tokenizer.token_bytes, tokenizer.drops_space
         self._known = range(len(self._token_bytes))
-        self._skipped = vocabulary.special if skip_special else frozenset()
+        self._skipped = tokenizer.special if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, *ids: int) -> str:
@@ -122,26 +108,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     settings = _read_json(directory / "special_tokens_map.json")
     settings |= _read_json(directory / "tokenizer_config.json")
     if (file := directory / "tokenizer.json").is_file():
-        vocabulary = _load_tokenizers(file, settings)
+        tokenizer = _load_tokenizers(file, settings)
     elif (file := directory / "tokenizer.model").is_file():
-        vocabulary = _load_sentencepiece(file, settings)
+        tokenizer = _load_sentencepiece(file, settings)
     else:
         raise TokenizerError(f"{path} has neither tokenizer.json nor tokenizer.model")
     configs = [_read_json(directory / f) for f in ("generation_config.json", "config.json")]
     stops = {stop for config in configs for stop in token_ids(config.get("eos_token_id"))}
     bos, eos = (
-        vocabulary.tokens.index(vocabulary.roles[role]) if role in vocabulary.roles else None
+        tokenizer.tokens.index(tokenizer.roles[role]) if role in tokenizer.roles else None
         for role in ("bos_token", "eos_token")
     )
-    return Tokenizer(
-        vocabulary=vocabulary,
+    return replace(
+        tokenizer,
         bos_token_id=bos,
         eos_token_ids=tuple(sorted(stops)) or token_ids(eos),
         chat_template=read_chat_template(directory, settings),
     )
 
 
-def _load_tokenizers(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
+def _load_tokenizers(file: Path, settings: Mapping[str, Any]) -> Tokenizer:
     roles, added = _roles(file, settings, {}), _added_tokens(file, settings)
     try:
         library = tokenizers.Tokenizer.from_file(str(file))
@@ -165,8 +151,8 @@ def _load_tokenizers(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
     for index, token in added.items():
         token_bytes[index] = token.content.encode()
     prefix = steps.get("Metaspace", {}).get("prepend_scheme", "never")
-    return Vocabulary(
-        encode=lambda text, special: library.encode(text, add_special_tokens=special).ids,
+    return Tokenizer(
+        encoder=lambda text, special: library.encode(text, add_special_tokens=special).ids,
         tokens=tokens,
         token_bytes=token_bytes,
         special=frozenset(index for index, token in added.items() if token.special),
@@ -175,7 +161,7 @@ def _load_tokenizers(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
     )
 
 
-def _load_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
+def _load_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Tokenizer:
     """Special and added tokens are cut out of a text, the sections between them encoded alone.
 
     Unless `legacy` is false, every section, not only one at the very start, gets the prefix space
@@ -221,8 +207,8 @@ def _load_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
         found += (inner if start else library).encode(text[start:])
         return [*before, *found, *after] if special else found
 
-    return Vocabulary(
-        encode=encode,
+    return Tokenizer(
+        encoder=encode,
         tokens=tokens,
         token_bytes=token_bytes,
         special=frozenset(index for index, token in added.items() if token.special)

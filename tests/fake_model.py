@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
-from draftnorm.model.tokenizer import Tokenizer, Vocabulary
+from draftnorm.model.tokenizer import Tokenizer
 
 
 def config_of(vocab_size: int, context: int = 512, **fields) -> ModelConfig:
@@ -101,15 +101,15 @@ def fake_tokenizer(pieces: Sequence[str | bytes], **fields) -> Tokenizer:
             data = data[len(best) :]
         return ids
 
-    vocabulary = Vocabulary(
-        encode=encode,
+    return Tokenizer(
+        encoder=encode,
         tokens=[piece.decode(errors="backslashreplace") for piece in known],
         token_bytes=known,
         special=frozenset(),
         drops_space=False,
         roles={},
+        **fields,
     )
-    return Tokenizer(vocabulary=vocabulary, **fields)
 
 
 class ScriptedDrafter:

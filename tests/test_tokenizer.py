@@ -186,7 +186,7 @@ def test_added_tokens_file_and_new_named_tokens(spm):
     write_json(directory, added_tokens={"<a>": 340}, special_tokens_map={"pad_token": "<pad>"})
     ours = load_tokenizer(directory)
     assert ours.encode("<a><pad>", add_special=False) == [340, 341]
-    assert ours.vocabulary.roles["pad_token"] == "<pad>"
+    assert ours.roles["pad_token"] == "<pad>"
 
 
 def test_a_model_without_named_tokens_is_encoded_as_it_is(spm):
