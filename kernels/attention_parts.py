@@ -9,35 +9,25 @@ into a sum or not, an explicit `fma` decides.
 import triton
 import triton.language as tl
 
-from draftnorm.kernels.operands import sum_slabs, turned
+from draftnorm.kernels.operands import fold, sum_slabs, turned
 
 LOWEST: tl.constexpr = tl.constexpr(-1e38)  # maximum of nothing: finite, so no difference is NaN
 
 
 @triton.jit
-def _max_slabs(max_LR, L: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr = 1):
-    """The largest over L, [R]: as `sum_slabs`, one exchange between warps."""
-    m = tl.permute(max_LR, (1, 0))
-    for level in tl.static_range((L // PARTS).bit_length() - 1):
-        left, right = tl.split(tl.reshape(m, [R, L >> (level + 1), 2]))
-        m = tl.maximum(left, right)
-    return m if PARTS > 1 else tl.reshape(m, [R])
-
-
-@triton.jit
-def join_slabs(
-    even_LDR, odd_LDR, max_LR, scale, sum_LR4, L: tl.constexpr, R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def join_slabs(even_LDR, odd_LDR, max_LR, scale, sum_LR4):
     """The slabs of a split as one part: acc [R, K / 4, 4], maximum and sum [R]."""
+    L: tl.constexpr = max_LR.shape[0]
+    R: tl.constexpr = max_LR.shape[1]
+    BLOCK_D: tl.constexpr = 2 * even_LDR.shape[1]
     acc = tl.reshape(tl.join(even_LDR, odd_LDR), [L, BLOCK_D // 64, 4, 8, R, 2])
     acc_LRK = tl.reshape(tl.permute(acc, (0, 4, 1, 3, 2, 5)), [L, R, BLOCK_D])
-    max_R = _max_slabs(max_LR, L, R)
+    max_R = fold(tl.permute(max_LR, (1, 0)), LARGEST=True)
     # Explicit products: whether the compiler fuses them into the sums may differ from R to R.
     weight_LR = tl.exp2((max_LR - max_R[None, :]) * scale)
     sum_LR = tl.fma(tl.sum(sum_LR4, axis=2), weight_LR, 0.0)
-    sum_R = tl.reshape(sum_slabs(sum_LR[:, :, None], L, R, 1), [R])
-    acc_RK = sum_slabs(tl.fma(acc_LRK, weight_LR[:, :, None], 0.0), L, R, BLOCK_D)
+    sum_R = tl.reshape(sum_slabs(sum_LR[:, :, None]), [R])
+    acc_RK = sum_slabs(tl.fma(acc_LRK, weight_LR[:, :, None], 0.0))
     return tl.reshape(acc_RK, [R, BLOCK_D // 4, 4]), max_R * scale, sum_R
 
 
@@ -58,34 +48,36 @@ def _add_part(max_R, sum_R, acc, part_max, part_sum, part_acc):
 
 
 @triton.jit
-def join_pair(
-    even_LDR, odd_LDR, max_LR, scale, sum_LR4, L: tl.constexpr, R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def join_pair(even_LDR, odd_LDR, max_LR, scale, sum_LR4):
     """Two splits, each half of the slabs, as one part: acc [R, K / 4, 4] and sum [R]."""
-    max_R2 = _max_slabs(max_LR, L, R, 2)
+    L: tl.constexpr = max_LR.shape[0]
+    R: tl.constexpr = max_LR.shape[1]
+    D: tl.constexpr = even_LDR.shape[1] // 2
+    max_R2 = fold(tl.permute(max_LR, (1, 0)), 2, LARGEST=True)
     of_slab = tl.broadcast_to(tl.permute(max_R2, (1, 0))[:, None, :], [2, L // 2, R])
     weight_LR = tl.exp2((max_LR - tl.reshape(of_slab, [L, R])) * scale)
     sum_LR = tl.fma(tl.sum(sum_LR4, axis=2), weight_LR, 0.0)
-    sum_R2 = tl.reshape(sum_slabs(sum_LR[:, :, None], L, R, 1, 2), [R, 2])
+    sum_R2 = tl.reshape(sum_slabs(sum_LR[:, :, None], 2), [R, 2])
     # One after the other, as there is room for half of them beside the weight stream.
-    even_RK2 = _sum_half(even_LDR, weight_LR, L, R, BLOCK_D // 2)
-    odd_RK2 = _sum_half(odd_LDR, weight_LR, L, R, BLOCK_D // 2)
+    even_RK2, odd_RK2 = _sum_half(even_LDR, weight_LR), _sum_half(odd_LDR, weight_LR)
     acc = tl.permute(tl.join(even_RK2, odd_RK2), (0, 1, 3, 2))
-    acc_0, acc_1 = tl.split(tl.reshape(acc, [R, BLOCK_D // 4, 4, 2]))
+    acc_0, acc_1 = tl.split(tl.reshape(acc, [R, D, 4, 2]))
     max_0, max_1 = tl.split(tl.reshape(tl.fma(max_R2, scale, 0.0), [R, 1, 1, 2]))
     sum_0, sum_1 = tl.split(tl.reshape(sum_R2, [R, 1, 1, 2]))
-    max_R, sum_R, acc_RDE = _no_part(R, BLOCK_D // 4)
+    max_R, sum_R, acc_RDE = _no_part(R, D)
     max_R, sum_R, acc_RDE = _add_part(max_R, sum_R, acc_RDE, max_0, sum_0, acc_0)
     max_R, sum_R, acc_RDE = _add_part(max_R, sum_R, acc_RDE, max_1, sum_1, acc_1)
     return acc_RDE, tl.reshape(sum_R, [R])
 
 
 @triton.jit
-def _sum_half(acc_LDR, weight_LR, L: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
+def _sum_half(acc_LDR, weight_LR):
     """Even or odd dimensions of two splits, as the matrix instruction left them, [R, D, 2]."""
+    L: tl.constexpr = acc_LDR.shape[0]
+    D: tl.constexpr = acc_LDR.shape[1]
+    R: tl.constexpr = acc_LDR.shape[2]
     acc = tl.reshape(tl.fma(acc_LDR, weight_LR[:, None, :], 0.0), [L, D // 32, 4, 8, R])
-    return sum_slabs(tl.reshape(tl.permute(acc, (0, 4, 1, 3, 2)), [L, R, D]), L, R, D, 2)
+    return sum_slabs(tl.reshape(tl.permute(acc, (0, 4, 1, 3, 2)), [L, R, D]), 2)
 
 
 @triton.jit

@@ -25,9 +25,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
+from triton.language.extra.cuda import globaltimer
 
-from draftnorm.kernels.operands import arrive
+from draftnorm.kernels.operands import arrive, wait_and_trigger
+from draftnorm.kernels.rms_norm import INTERPRETED
 
 ENDINGS = ("asked", "feed", "draft", "cycle")
 MOST = 16  # rows of a verify
@@ -43,6 +44,7 @@ _MOST, _SLOTS, _LINE, _NONE = (tl.constexpr(x) for x in (MOST, SLOTS, LINE, NONE
 _DRAFTS, _TOUCHED, _TIMES, _BEGAN = (tl.constexpr(x) for x in (DRAFTS, TOUCHED, TIMES, BEGAN))
 _LENGTH, _DRAFT_LENGTH, _FOUND = (tl.constexpr(x) for x in (LENGTH, DRAFT_LENGTH, FOUND))
 _CYCLE, _TICKET = (tl.constexpr(x) for x in (CYCLE, TICKET))
+_TIMED: tl.constexpr = tl.constexpr(not INTERPRETED)  # which has no clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class Text:
 
     def stamp(self, end: str, rows: int) -> Tensor | None:
         """Where a step notes when it began, unless it drafts behind another that does."""
-        if end not in STAMPS or (end == "draft" and rows == 1) or not has_clock(self.state):
+        if end not in STAMPS or (end == "draft" and rows == 1) or INTERPRETED:
             return None
         word = BEGAN + STAMPS.index(end)
         return self.state[word : word + 1]
@@ -86,7 +88,7 @@ def note_time(ptr):
 @triton.jit
 def _accept(
     token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr, T,
-    LAYERS: tl.constexpr, EXPERTS: tl.constexpr, TIMED: tl.constexpr,
+    LAYERS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """All rows have chosen, the last one this token: commit, set lengths back, publish."""
     word = tl.arange(0, _LINE)
@@ -106,7 +108,7 @@ def _accept(
     for layer in tl.static_range(LAYERS):
         touched += tl.load(experts_ptr + layer * EXPERTS)
     line = tl.where(word == _TOUCHED, touched, line)
-    if TIMED:
+    if _TIMED:
         began = globaltimer().to(tl.int32)
         for i in tl.static_range(2, -1, -1):
             ended, began = began, tl.load(state_ptr + _BEGAN + i)
@@ -123,7 +125,7 @@ def _accept(
 @triton.jit
 def finish(
     token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr,
-    END: tl.constexpr, LAYERS: tl.constexpr, EXPERTS: tl.constexpr, TIMED: tl.constexpr,
+    END: tl.constexpr, LAYERS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """Write a row's token, a program's; once all rows have theirs, end the step."""
     T = tl.num_programs(0)
@@ -135,7 +137,7 @@ def finish(
         if before == T - 1:
             _accept(
                 token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr, T,
-                LAYERS, EXPERTS, TIMED,
+                LAYERS, EXPERTS,
             )  # fmt: skip
     elif END != "asked":  # noqa: SIM102 - the first is known when compiling, the second is not
         if row == T - 1:  # each thread for itself: no barrier, as who stores has loaded
@@ -147,34 +149,26 @@ def finish(
             tl.store(state_ptr + _DRAFT_LENGTH, read)
 
 
-def has_clock(tensor: Tensor) -> bool:
-    """Whether kernels that write it can tell the time: not in the interpreter."""
-    return tensor.device.type != "cpu"
-
-
 def ending(
-    text: Text | None, end: str, experts: Tensor | None, chosen_M: Tensor
+    text: Text | None, end: str, experts: Tensor | None
 ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
     """What a kernel that ends a step takes: tensors and constants.
 
     `experts` int32 [layers, …] says first how many a layer's rows touch.
     """
-    timed = has_clock(chosen_M)
     if text is None or end == "asked":
-        return (None,) * 4, ("asked", 0, 0, timed)
+        return (None,) * 4, ("asked", 0, 0)
     layers, words = (0, 0) if experts is None or end != "cycle" else experts.shape
-    return (text.tokens, text.state, text.blocks, experts), (end, layers, words, timed)
+    return (text.tokens, text.state, text.blocks, experts), (end, layers, words)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _look_up_kernel(
     text_ptr, state_ptr, N, SHORTEST: tl.constexpr, LONGEST: tl.constexpr, BLOCK: tl.constexpr,
-    TIMED: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    if TIMED:
+    wait_and_trigger(PDL)
+    if _TIMED:
         note_time(state_ptr + _BEGAN + 1)
     n = tl.load(state_ptr + _LENGTH) + 1
     best = tl.zeros([BLOCK], tl.int64)
@@ -202,6 +196,5 @@ def look_up(text: Text, *, drafts: int, lengths: range, pdl: dict[str, bool]) ->
     The longest known suffix counts, its length one of `lengths`.
     """
     _look_up_kernel[(1,)](
-        text.tokens, text.state, drafts, lengths[0], lengths[-1], 4096, has_clock(text.state),
-        num_warps=8, **pdl,
+        text.tokens, text.state, drafts, lengths[0], lengths[-1], 4096, num_warps=8, **pdl,
     )  # fmt: skip

@@ -37,7 +37,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from draftnorm.kernels.attention import attention_reference
 from draftnorm.kernels.attention_parts import (
@@ -48,13 +48,14 @@ from draftnorm.kernels.attention_parts import (
     store_out,
     store_part,
 )
-from draftnorm.kernels.operands import arrive, eights, turned
+from draftnorm.kernels.operands import arrive, eights, operand, turned, wait_and_trigger
 
 ROWS = 16
 TIERS = ((0, 128), (1024, 256), (5120, 512), (17408, 1024))  # a position, a split's keys from there
 SPLIT = TIERS[0][1]
 GROUP_SPLITS = 8  # splits joined at a time: each tier but the last has whole groups of them
 BLOCK_S, SLABS = 64, 4  # keys of a block; its slabs, one a warp
+MOST_K = 128  # up to which registers hold two blocks, or two splits at once
 # By rows of a tile, programs that find a place at once, about: two a multiprocessor, and small ones
 # soon end. Of tiles of 16 rows a few more may wait: that costs less than shares twice as long.
 PROGRAMS = {8: 272, 16: 288}
@@ -71,7 +72,7 @@ def count_splits(length: int) -> int:
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 _GROUP_SPLITS: tl.constexpr = tl.constexpr(GROUP_SPLITS)
 _MOST_DOUBLINGS: tl.constexpr = tl.constexpr(GROUP_SPLITS.bit_length() - 1)
-_SPLIT: tl.constexpr = tl.constexpr(SPLIT)
+_SPLIT, _BLOCK_S, _SLABS, _MOST_K = (tl.constexpr(x) for x in (SPLIT, BLOCK_S, SLABS, MOST_K))
 # Of each tier its first position, its first split and the logarithm of a split's keys.
 _TIERS: tl.constexpr = tl.constexpr(
     tuple((first, count_splits(first), keys.bit_length() - 1) for first, keys in TIERS)
@@ -157,13 +158,6 @@ def _load_block(
 
 
 @triton.jit
-def _wide(x, LINES: tl.constexpr, C: tl.constexpr, L: tl.constexpr):
-    """Lines of [8, L, C, lines / 8, 32] as [L, lines, 32 C], columns permuted within each 32."""
-    x = tl.reshape(x, [8, L, C, LINES // 8, 4, 2, 2, 2])
-    return tl.reshape(tl.permute(x, (1, 3, 0, 2, 6, 4, 5, 7)), [L, LINES, C * 32])
-
-
-@triton.jit
 def _halves(word, SHIFT: tl.constexpr, dtype: tl.constexpr):
     """The lower or the higher number in each word."""
     half: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
@@ -173,11 +167,8 @@ def _halves(word, SHIFT: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def _keys(word, dtype: tl.constexpr):
     """Keys as the kernel loads them, [L, N, K]."""
-    L: tl.constexpr = word.shape[1]
-    C: tl.constexpr = word.shape[2]
-    N: tl.constexpr = 8 * word.shape[3]
     x = tl.join(_halves(word, 0, dtype), _halves(word, dtype.primitive_bitwidth, dtype))
-    return _wide(x, N, C, L)
+    return operand(x, WORDS=True)
 
 
 @triton.jit
@@ -229,9 +220,8 @@ def _decode_attention_kernel(
     splits, doublings, path_slots_ptr, path_start_ptr, path_length,
     acc_ptr, extremes_ptr, ticket_ptr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, L: tl.constexpr, ABREAST: tl.constexpr,
-    ALONE: tl.constexpr, BUFFERS: tl.constexpr, ONCE: tl.constexpr,
-    EAGER: tl.constexpr, PDL: tl.constexpr,
+    ABREAST: tl.constexpr, ALONE: tl.constexpr, ONCE: tl.constexpr, EAGER: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL and EAGER:
         gdc_launch_dependents()
@@ -264,15 +254,17 @@ def _decode_attention_kernel(
     first_key = _first_of(first)
     newest = tl.minimum(_first_of(last + 1) - 1, last_key)
 
-    # A block is SLABS slabs of N neighbours, one slab a warp; of ABREAST splits, one block of each
+    # A block is slabs of N neighbours, one slab a warp; of ABREAST splits, one block of each
     # is attended to at once, the second's _SPLIT keys further on. Operands are loaded where the
-    # matrix instruction wants them, as in a projection: keys by `_wide`; of the values a thread
+    # matrix instruction wants them, as in a projection: keys by `operand`; of the values a thread
     # takes 8 neighbouring dimensions of every key whose weight it will hold.
-    SLABS: tl.constexpr = L // ABREAST
-    N: tl.constexpr = BLOCK_S // SLABS
+    L: tl.constexpr = _SLABS * ABREAST
+    N: tl.constexpr = _BLOCK_S // _SLABS
+    BLOCK_D: tl.constexpr = max(triton.next_power_of_2(K), 64)
+    BUFFERS: tl.constexpr = 2 if K <= _MOST_K else 1  # blocks on their way, as registers allow
     C: tl.constexpr = BLOCK_D // 32
     D: tl.constexpr = BLOCK_D // 64
-    slab_L = tl.arange(0, L) // SLABS * _SPLIT + tl.arange(0, L) % SLABS * N
+    slab_L = tl.arange(0, L) // _SLABS * _SPLIT + tl.arange(0, L) % _SLABS * N
     s_K = slab_L[None, :, None, None, None] + eights(N)
     dim_K = (tl.arange(0, C)[:, None] * 32 + tl.arange(0, 32)[None, :])[None, None, :, None, :]
     word_K = (tl.arange(0, C)[:, None] * 16 + tl.arange(0, 16)[None, :])[None, None, :, None, :]
@@ -292,14 +284,12 @@ def _decode_attention_kernel(
     path = (path_slots_ptr, path_start_ptr, path_length, b)
     places = (key_ptr, value_ptr, s_K, word_K, s_V, dim_V, path)
     old = tl.minimum(newest, begin - 1)
-    second = first_key + BLOCK_S
+    second = first_key + _BLOCK_S
     beside: tl.constexpr = (ABREAST - 1) * _SPLIT  # how far on a block's last keys are
     k0, v0 = _load_block(first_key, old, first_key <= old, places, K, FULL, POLICY)
     if BUFFERS == 2:
         k1, v1 = _load_block(second, old, second <= old, places, K, FULL, POLICY)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_and_trigger(PDL)
 
     if first > last:
         return
@@ -309,11 +299,11 @@ def _decode_attention_kernel(
     if (begin <= newest) & (begin < second + beside):  # some keys of the block are new
         k0, v0 = _load_block(first_key, newest, True, places, K, FULL, POLICY)
     if BUFFERS == 2:
-        third = second + BLOCK_S
+        third = second + _BLOCK_S
         if (begin <= newest) & (begin < third + beside):
             k1, v1 = _load_block(second, newest, second <= newest, places, K, FULL, POLICY)
 
-    q_LQK = _wide(q, _ROWS, C, L)
+    q_LQK = operand(q, WORDS=True)
     s_LN = slab_L[:, None] + tl.arange(0, N)[None, :]
     dim = tl.arange(0, BLOCK_D // 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     out_ptr += line_R[:, None, None] * K + dim
@@ -328,30 +318,28 @@ def _decode_attention_kernel(
         even_LDR = tl.zeros([L, BLOCK_D // 2, R], tl.float32)
         odd_LDR = tl.zeros([L, BLOCK_D // 2, R], tl.float32)
         end = tl.minimum(_first_of(split + 1), newest + 1)
-        for start in tl.range(_first_of(split), end, BUFFERS * BLOCK_S, num_stages=1):
+        for start in tl.range(_first_of(split), end, BUFFERS * _BLOCK_S, num_stages=1):
             even_LDR, odd_LDR, max_LR, sum_LR4 = _attend(
                 q_LQK, k0, v0, start + s_LN, position_R, scale, even_LDR, odd_LDR, max_LR,
                 sum_LR4, dtype, WINDOW,
             )  # fmt: skip
-            ahead = start + BUFFERS * BLOCK_S
+            ahead = start + BUFFERS * _BLOCK_S
             if ABREAST == 1:
                 k0, v0 = _load_block(ahead, newest, ahead <= newest, places, K, FULL, POLICY)
             if BUFFERS == 2:
-                if start + BLOCK_S < end:
+                if start + _BLOCK_S < end:
                     even_LDR, odd_LDR, max_LR, sum_LR4 = _attend(
-                        q_LQK, k1, v1, start + BLOCK_S + s_LN, position_R, scale, even_LDR,
+                        q_LQK, k1, v1, start + _BLOCK_S + s_LN, position_R, scale, even_LDR,
                         odd_LDR, max_LR, sum_LR4, dtype, WINDOW,
                     )  # fmt: skip
                 if ABREAST == 1:
-                    ahead += BLOCK_S
+                    ahead += _BLOCK_S
                     k1, v1 = _load_block(ahead, newest, ahead <= newest, places, K, FULL, POLICY)
         if ABREAST == 2:
-            acc_RDE, sum_R = join_pair(even_LDR, odd_LDR, max_LR, scale, sum_LR4, L, R, BLOCK_D)
+            acc_RDE, sum_R = join_pair(even_LDR, odd_LDR, max_LR, scale, sum_LR4)
             store_out(out_ptr, acc_RDE, sum_R, mask)
         else:
-            acc_RDE, max_R, sum_R = join_slabs(
-                even_LDR, odd_LDR, max_LR, scale, sum_LR4, L, R, BLOCK_D
-            )
+            acc_RDE, max_R, sum_R = join_slabs(even_LDR, odd_LDR, max_LR, scale, sum_LR4)
             if ALONE or first_split == last_split:
                 store_out(out_ptr, acc_RDE, sum_R, mask)
             else:
@@ -436,9 +424,7 @@ def decode_attention(
     R, tiles = 8, _tiles(sequences, rows, H, G, 8)
     if rows * min(H // G, ROWS) > R and math.prod(tiles) * _shares(splits, 2) > PROGRAMS[R]:
         R, tiles = ROWS, _tiles(sequences, rows, H, G, ROWS)
-    BLOCK_D = max(triton.next_power_of_2(K), 64)
-    buffers = 2 if BLOCK_D <= 128 else 1  # blocks on their way, as registers allow
-    abreast = 2 if splits == 2 and R == 8 and buffers == 2 else 1  # splits at once
+    abreast = 2 if splits == 2 and R == 8 and K <= MOST_K else 1  # splits at once
     walk, most_walk = abreast, GROUP_SPLITS * TIERS[-1][1] // SPLIT
     while walk < most_walk and math.prod(tiles) * _shares(splits, walk) > PROGRAMS[R]:
         walk *= 2
@@ -449,8 +435,8 @@ def decode_attention(
         splits, walk.bit_length() - 1, path_slots, path_start,
         path_slots.shape[1] if path_slots is not None else 0,
         workspace.acc, workspace.extremes, workspace.tickets,
-        H, G, K, R, window or 0, BLOCK_D, BLOCK_S, SLABS * abreast, abreast, splits <= abreast,
-        buffers, once, eager, num_warps=SLABS * abreast, **pdl,
+        H, G, K, R, window or 0, abreast, splits <= abreast, once, eager,
+        num_warps=SLABS * abreast, **pdl,
     )  # fmt: skip
 
 

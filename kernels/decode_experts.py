@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from draftnorm.kernels.operands import wait_and_trigger
 
 _ROWS: tl.constexpr = tl.constexpr(16)
 
@@ -24,9 +25,7 @@ def _route_kernel(
     E: tl.constexpr, A: tl.constexpr, BLOCK_E: tl.constexpr, RENORMALIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_and_trigger(PDL)
     expert = tl.arange(0, BLOCK_E)
     touched_E = tl.zeros([BLOCK_E], tl.int32)
     for first in range(0, M, _ROWS):

@@ -15,36 +15,32 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from draftnorm.kernels.operands import sum_slabs
-from draftnorm.kernels.rms_norm import INTERPRETED, sum_row
+from draftnorm.kernels.operands import sum_slabs, wait_and_trigger
+from draftnorm.kernels.rms_norm import INTERPRETED, finish_rstd
 
 SQUARES = 16  # columns of a block
 _SQUARES: tl.constexpr = tl.constexpr(SQUARES)
 
 
 @triton.jit
-def square_sums(y_WR, W: tl.constexpr, R: tl.constexpr):
+def square_sums(y_WR):
     """Sums of squares of aligned blocks of 16 columns: fp32 [W, R] -> [W / 16, R]."""
+    W: tl.constexpr = y_WR.shape[0]
+    R: tl.constexpr = y_WR.shape[1]
     squares = tl.reshape(tl.fma(y_WR, y_WR, 0.0), [W // _SQUARES, _SQUARES, R])
-    return sum_slabs(tl.permute(squares, (1, 0, 2)), 16, W // 16, R)
+    return sum_slabs(tl.permute(squares, (1, 0, 2)))
 
 
 @triton.jit
-def load_squares(squares_ptr, rows, row_ok, K: tl.constexpr, LEVELS: tl.constexpr):
-    """What the producer of these rows left: fp32 [R, 2^LEVELS], zeros past the last block."""
+def load_squares(squares_ptr, rows, row_ok, K: tl.constexpr):
+    """What the producer of these rows left: fp32 [R, K / 16], padded with zeros to a power of two.
+
+    `finish_rstd` of it rounds as that of the squares themselves."""
     BLOCKS: tl.constexpr = (K + _SQUARES - 1) // _SQUARES
-    block = tl.arange(0, 1 << LEVELS)[None, :]
+    block = tl.arange(0, triton.next_power_of_2(BLOCKS))[None, :]
     mask = row_ok[:, None] & (block < BLOCKS)
     return tl.load(squares_ptr + rows[:, None] * BLOCKS + block, mask=mask, other=0.0)
-
-
-@triton.jit
-def finish_rstd(squares, eps, K: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr):
-    """1 / sqrt(mean(x²) + eps) of each row, fp32 [R], as `row_rstd` rounds it."""
-    square_sum_R = sum_row(squares, R, LEVELS)
-    return tl.rsqrt(tl.fma(square_sum_R, 1.0 / K, tl.cast(eps, tl.float32)))
 
 
 @triton.jit
@@ -57,19 +53,17 @@ def normed(x, rstd, scale):
 @triton.jit(do_not_specialize=["eps"])
 def _normalize_kernel(
     y_ptr, x_ptr, weight_ptr, squares_ptr, eps,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, NORM_LEVELS: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = column < K
     scale = tl.load(weight_ptr + column, mask=mask, other=0.0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_and_trigger(PDL)
     place = row[:, None] * K + column[None, :]
-    squares = load_squares(squares_ptr, row, row >= 0, K, NORM_LEVELS)
+    squares = load_squares(squares_ptr, row, row >= 0, K)
     x = tl.load(x_ptr + place, mask=mask[None, :], other=0.0)
-    rstd = finish_rstd(squares, eps, K, 1, NORM_LEVELS)
+    rstd = finish_rstd(squares, eps, K)
     tl.store(y_ptr + place, normed(x, rstd[:, None], scale[None, :]), mask=mask[None, :])
 
 
@@ -89,15 +83,10 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True}
 
 
-def norm_levels(K: int) -> int:
-    """Levels of the summation tree above the blocks of 16 columns."""
-    return max((K - 1).bit_length() - 4, 0)
-
-
 def normalize(y_MK: Tensor, x_MK: Tensor, norm: Norm, *, rows: int, pdl: dict[str, bool]) -> None:
     """Launch the second half by itself: x, y [M, K]. Nothing is allocated."""
     K = x_MK.shape[1]
     block_k = min(max(triton.next_power_of_2(K), SQUARES), 1024)
     _normalize_kernel[(rows, triton.cdiv(K, block_k))](
-        y_MK, x_MK, norm.weight, norm.squares, norm.eps, K, block_k, norm_levels(K), **pdl
+        y_MK, x_MK, norm.weight, norm.squares, norm.eps, K, block_k, **pdl
     )

@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from draftnorm.kernels.cycle import Text, ending, finish, note_time
 from draftnorm.kernels.decode_norm import SQUARES, square_sums
+from draftnorm.kernels.operands import wait_and_trigger
 
 NO_TOKEN = -2  # neither of the marks of kernels/cycle.py
 _SQUARES: tl.constexpr = tl.constexpr(SQUARES)
@@ -26,11 +26,9 @@ _NO_TOKEN: tl.constexpr = tl.constexpr(NO_TOKEN)
 @triton.jit(do_not_specialize=["T", "V"])
 def _embed_kernel(
     x_ptr, squares_ptr, position_ptr, slot_ptr, token_ptr, length_ptr, stamp_ptr, table_ptr, T, V,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TEXT: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, TEXT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_and_trigger(PDL)
     row = tl.program_id(0).to(tl.int64)
     if stamp_ptr is not None:  # noqa: SIM102 - the first is known when compiling
         if row == 0:
@@ -40,10 +38,11 @@ def _embed_kernel(
     token = tl.minimum(token, V - 1)  # a padded target may say what a draft cannot read
     tl.store(position_ptr + row, position.to(tl.int32))
     tl.store(slot_ptr + row, position.to(tl.int32))
+    BLOCK_D: tl.constexpr = max(triton.next_power_of_2(D), _SQUARES)
     column = tl.arange(0, BLOCK_D)
     x_D = tl.load(table_ptr + token * D + column, mask=column < D, other=0.0)
     tl.store(x_ptr + row * D + column, x_D, mask=column < D)
-    sums = square_sums(tl.reshape(x_D.to(tl.float32), [BLOCK_D, 1]), BLOCK_D, 1)
+    sums = square_sums(tl.reshape(x_D.to(tl.float32), [BLOCK_D, 1]))
     BLOCKS: tl.constexpr = (D + _SQUARES - 1) // _SQUARES
     block = tl.arange(0, BLOCK_D // _SQUARES)
     place = squares_ptr + row * BLOCKS + block
@@ -59,9 +58,9 @@ def best_of(scores, token):
 
 
 @triton.jit
-def best_token(best_ptr, best_id_ptr, row, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def best_token(best_ptr, best_id_ptr, row, C: tl.constexpr):
     """The lowest id among the best tiles of a row, or NO_TOKEN."""
-    tile = tl.arange(0, BLOCK_C)
+    tile = tl.arange(0, triton.next_power_of_2(C))
     best_C = tl.load(best_ptr + row * C + tile, mask=tile < C, other=float("-inf"))
     id_C = tl.load(best_id_ptr + row * C + tile, mask=tile < C)
     best, token = best_of(best_C, id_C)
@@ -71,17 +70,15 @@ def best_token(best_ptr, best_id_ptr, row, C: tl.constexpr, BLOCK_C: tl.constexp
 @triton.jit
 def _choose_kernel(
     chosen_ptr, best_ptr, best_id_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, END: tl.constexpr, LAYERS: tl.constexpr,
-    EXPERTS: tl.constexpr, TIMED: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, END: tl.constexpr, LAYERS: tl.constexpr, EXPERTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_and_trigger(PDL)
     row = tl.program_id(0)
-    token = best_token(best_ptr, best_id_ptr, row, C, BLOCK_C)
+    token = best_token(best_ptr, best_id_ptr, row, C)
     finish(
         token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr,
-        END, LAYERS, EXPERTS, TIMED,
+        END, LAYERS, EXPERTS,
     )  # fmt: skip
 
 
@@ -107,10 +104,9 @@ def embed(
     time.
     """
     V, D = table_VD.shape
-    block_d = max(triton.next_power_of_2(D), SQUARES)
     _embed_kernel[(rows,)](
         x_MD, squares, positions_M, slots_M, tokens_M, lengths_B, stamp, table_VD,
-        rows_per_sequence, V, D, block_d, by_position, **pdl,
+        rows_per_sequence, V, D, by_position, **pdl,
     )  # fmt: skip
 
 
@@ -131,10 +127,8 @@ def choose(
     With a text it is the end of a step: one of ENDINGS, a cycle with the `experts` it touched.
     """
     C = triton.cdiv(vocabulary, tile_rows)
-    tensors, constants = ending(text, end, experts, chosen_M)
-    _choose_kernel[(rows,)](
-        chosen_M, *best, *tensors, C, triton.next_power_of_2(C), *constants, **pdl,
-    )  # fmt: skip
+    tensors, constants = ending(text, end, experts)
+    _choose_kernel[(rows,)](chosen_M, *best, *tensors, C, *constants, **pdl)
 
 
 def choose_reference(logits_MV: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ loads columns 8t … 8t + 7 of a line, and no value ever leaves its thread.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Of axes whose neighbours are apart in memory, Triton's default layout hands the first to the lanes
 # of a warp first; the last, from 3.7 on. The kernels are written for the former.
@@ -31,6 +32,20 @@ def turned(x):
         else:
             x = tl.permute(x, (4, 3, 2, 1, 0, 5))
     return x
+
+
+@triton.jit
+def wait_and_trigger(PDL: tl.constexpr):
+    """Wait for the kernels before this one, then let the next one's programs start."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.constexpr_function
+def log2(n):
+    """The logarithm of a power of two."""
+    return n.bit_length() - 1
 
 
 @triton.jit
@@ -54,10 +69,23 @@ def eights(W: tl.constexpr):
 
 @triton.jit
 def fetch(
+    ptr, line, ok, FIRST: tl.constexpr, SECOND: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
+    POLICY: tl.constexpr,
+):  # fmt: skip
+    """The FIRST columns of lines of K and the SECOND ones behind them; if 0, the former twice."""
+    first = _fetch(ptr, line, ok, 0, FIRST, L, K, POLICY)
+    second = first
+    if SECOND > 0:
+        second = _fetch(ptr, line, ok, FIRST, SECOND, L, K, POLICY)
+    return first, second
+
+
+@triton.jit
+def _fetch(
     ptr, line, ok, START: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
     POLICY: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns from START on of lines of K as [8, L, BLOCK / 32 L, lines / 8, 32].
+    """BLOCK columns from START on as [8, L, BLOCK / 32 L, lines / 8, 32].
 
     In Triton's default layout for this shape, `turned`, four threads take 32 columns of a line,
     eight lines are the other dimension of a warp, and slabs alternate between the warps.
@@ -71,24 +99,35 @@ def fetch(
 
 
 @triton.jit
-def operand(x, LINES: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr):
-    """What `fetch` brought as [L, lines, BLOCK / L], its columns permuted within each 32."""
-    C: tl.constexpr = BLOCK // (32 * L)
-    x = tl.reshape(x, [8, L, C, LINES // 8, 4, 2, 2, 2])
-    return tl.reshape(tl.permute(x, (1, 3, 0, 2, 5, 6, 4, 7)), [L, LINES, C * 32])
+def operand(x, WORDS: tl.constexpr = False):
+    """What `fetch` brought as [L, lines, 32 C], its columns permuted within each 32.
+
+    The permutation is another one where columns were loaded as words of two.
+    """
+    x = tl.reshape(x, *x.shape[:4], 4, 2, 2, 2)
+    if WORDS:
+        x = tl.permute(x, (1, 3, 0, 2, 6, 4, 5, 7))
+    else:
+        x = tl.permute(x, (1, 3, 0, 2, 5, 6, 4, 7))
+    return tl.reshape(x, [x.shape[0], x.shape[1] * 8, x.shape[3] * 32])
 
 
 @triton.jit
-def sum_slabs(acc_LWR, L: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr = 1):
-    """Sum [L, W, R] over L, neighbours first. Returns [W, R], of each of PARTS > 1 [W, R, PARTS].
+def fold(x, PARTS: tl.constexpr = 1, LARGEST: tl.constexpr = False):
+    """The sum or the largest over the last axis, neighbours first; of PARTS > 1 of it, of each.
 
     `split` wants both operands in one thread: one exchange between the warps that own the slabs.
     """
-    acc = tl.permute(acc_LWR, (1, 2, 0))
-    for level in tl.static_range((L // PARTS).bit_length() - 1):
-        left, right = tl.split(tl.reshape(acc, [W, R, L >> (level + 1), 2]))
-        acc = left + right
-    return acc if PARTS > 1 else tl.reshape(acc, [W, R])
+    for _ in tl.static_range(log2(x.shape[-1] // PARTS)):
+        left, right = tl.split(tl.reshape(x, *x.shape[:-1], x.shape[-1] // 2, 2))
+        x = tl.maximum(left, right) if LARGEST else left + right
+    return x if PARTS > 1 else tl.reshape(x, x.shape[:-1])
+
+
+@triton.jit
+def sum_slabs(acc_LWR, PARTS: tl.constexpr = 1):
+    """Sum [L, W, R] over slabs: [W, R], or of PARTS > 1 of them [W, R, PARTS]."""
+    return fold(tl.permute(acc_LWR, (1, 2, 0)), PARTS)
 
 
 @triton.jit

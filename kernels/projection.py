@@ -38,21 +38,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from draftnorm.kernels.decode_norm import (
     SQUARES,
     Norm,
-    finish_rstd,
     load_squares,
-    norm_levels,
     normed,
     square_sums,
 )
 from draftnorm.kernels.gated import gated_reference
 from draftnorm.kernels.head import best_of
-from draftnorm.kernels.operands import arrive, eights, fetch, operand, prefetch_l2, sum_slabs
-from draftnorm.kernels.rms_norm import rms_norm_reference
+from draftnorm.kernels.operands import (
+    arrive,
+    eights,
+    fetch,
+    operand,
+    prefetch_l2,
+    sum_slabs,
+    wait_and_trigger,
+)
+from draftnorm.kernels.rms_norm import finish_rstd, rms_norm_reference
 from draftnorm.kernels.sample import Draw, gumbel, load_draw
 
 _SQUARES: tl.constexpr = tl.constexpr(SQUARES)
@@ -62,16 +68,17 @@ _SQUARES: tl.constexpr = tl.constexpr(SQUARES)
 def _rotate_and_store(
     out_ptr, key_ptr, value_ptr, low_WR, high_WR, cos_WR, sin_WR, q_norm_ptr, k_norm_ptr, eps,
     head, pair, row_ok, rows, sequence, slot, S,
-    H: tl.constexpr, G: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """The rotary epilogue of one head: both halves of WIDTH of its pairs, by R rows."""
+    """The rotary epilogue of one head: both halves of some of its pairs, by rows."""
+    R: tl.constexpr = low_WR.shape[1]
     dtype = out_ptr.dtype.element_ty
     pair_ok = (pair < PAIRS)[:, None]
     # Nested: the first is known when compiling, the second is not.
     if q_norm_ptr is not None:  # noqa: SIM102
         if head < H + G:
             squares_WR = tl.fma(low_WR, low_WR, tl.fma(high_WR, high_WR, 0.0))
-            square_sum_R = tl.reshape(sum_slabs(squares_WR[:, None, :], WIDTH, 1, R), [R])
+            square_sum_R = tl.reshape(sum_slabs(squares_WR[:, None, :]), [R])
             rstd_R = tl.rsqrt(square_sum_R / (2 * PAIRS) + eps)
             norm_ptr = k_norm_ptr
             if head < H:
@@ -153,7 +160,7 @@ def _projection_kernel(
     PAIRS: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_K: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-    NORM_LEVELS: tl.constexpr, EXPERT_INPUT: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     dtype = x_ptr.dtype.element_ty
     row_tiles = tl.cdiv(M, R)
@@ -170,9 +177,7 @@ def _projection_kernel(
         first_pair = tile % TILES_PER_GROUP * (W // 2)
 
     if expert_ptr is not None:
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
+        wait_and_trigger(PDL)
         parts = tl.load(expert_ptr)
         if part >= parts:
             return
@@ -180,7 +185,7 @@ def _projection_kernel(
         weight_ptr += expert.to(tl.int64) * N * K
         routing_R = tl.load(routing_ptr + expert * capacity + rows, mask=row_ok, other=0.0)
         x_ok = routing_R != 0.0
-        if EXPERT_INPUT:
+        if partial_ptr is not None:  # each expert has an input of its own
             x_ptr += part.to(tl.int64) * capacity * K
         else:
             out_ptr += part.to(tl.int64) * capacity * (N // 2)
@@ -197,14 +202,10 @@ def _projection_kernel(
     if EARLY > 0:
         n_E, ok_E = _outputs(eights(W), tile, N, PAIRS, W)
         line_E = n_E.to(tl.int64) * K
-        w0 = fetch(weight_ptr, line_E, ok_E, 0, FIRST, L, K, "evict_first")
-        if SECOND > 0:
-            w1 = fetch(weight_ptr, line_E, ok_E, FIRST, SECOND, L, K, "evict_first")
+        w0, w1 = fetch(weight_ptr, line_E, ok_E, FIRST, SECOND, L, K, "evict_first")
         if norm_weight_ptr is not None:
             one = tl.zeros([1, 1, 1, 1, 1], tl.int64)
-            scale0 = fetch(norm_weight_ptr, one, one == 0, 0, FIRST, L, K, "")
-            if SECOND > 0:
-                scale1 = fetch(norm_weight_ptr, one, one == 0, FIRST, SECOND, L, K, "")
+            scale0, scale1 = fetch(norm_weight_ptr, one, one == 0, FIRST, SECOND, L, K, "")
     if settings_ptr is not None:
         noise_WR = gumbel(n_W[:, None], seed, position, stream, request)
     if PDL and expert_ptr is None:
@@ -217,11 +218,10 @@ def _projection_kernel(
         # their weights meanwhile. Not attention, which reads what this one must have waited for.
         if EARLY >= K and EPILOGUE != "rotary":
             gdc_launch_dependents()
-        gdc_wait()
-        gdc_launch_dependents()
+        wait_and_trigger(PDL)
 
     if norm_weight_ptr is not None:
-        squares = load_squares(squares_ptr, rows, row_ok, K, NORM_LEVELS)
+        squares = load_squares(squares_ptr, rows, row_ok, K)
     # What the epilogue reads is asked for here, so that it arrives during the product.
     y_ptrs = rows.to(tl.int64)[None, :] * N + n_W[:, None]
     y_mask = n_ok[:, None] & row_ok[None, :]
@@ -245,19 +245,15 @@ def _projection_kernel(
         if expert_ptr is not None:
             place = routing_ptr + expert * capacity + row_E
             ok_E = tl.load(place, mask=ok_E, other=0.0) != 0.0
-        x0 = fetch(x_ptr, line_E, ok_E, 0, FIRST, L, K, "")
-        if SECOND > 0:
-            x1 = fetch(x_ptr, line_E, ok_E, FIRST, SECOND, L, K, "")
+        x0, x1 = fetch(x_ptr, line_E, ok_E, FIRST, SECOND, L, K, "")
         if norm_weight_ptr is not None:
-            rstd_R = finish_rstd(squares, eps, K, R, NORM_LEVELS)
+            rstd_R = finish_rstd(squares, eps, K)
             rstd = tl.trans(tl.reshape(rstd_R, [R // 8, 8]))[:, None, None, :, None]
-            x0 = normed(x0, rstd, scale0)
-            if SECOND > 0:
-                x1 = normed(x1, rstd, scale1)
+            x0, x1 = normed(x0, rstd, scale0), normed(x1, rstd, scale1)
         acc = tl.zeros([L, W, R], tl.float32)
-        acc = _add_product(acc, operand(w0, W, FIRST, L), operand(x0, R, FIRST, L), L)
+        acc = _add_product(acc, operand(w0), operand(x0), L)
         if SECOND > 0:
-            acc = _add_product(acc, operand(w1, W, SECOND, L), operand(x1, R, SECOND, L), L)
+            acc = _add_product(acc, operand(w1), operand(x1), L)
     elif L == 1:
         acc = tl.zeros([W, R], tl.float32)
     else:
@@ -275,7 +271,7 @@ def _projection_kernel(
             x = tl.load(x_ptrs, mask=in_x, other=0.0)
             acc = _add_product(acc, w, x, L)
     if L > 1:
-        acc = sum_slabs(acc, L, W, R)
+        acc = sum_slabs(acc)
 
     if partial_ptr is not None:
         partial_ptrs = partial_ptr + y_ptrs
@@ -298,7 +294,7 @@ def _projection_kernel(
         tl.store(out_ptr + y_ptrs, y_WR, mask=y_mask)
         block = tile * (W // _SQUARES) + tl.arange(0, W // _SQUARES)
         place = out_squares_ptr + rows[None, :] * tl.cdiv(N, _SQUARES) + block[:, None]
-        sums = square_sums(tl.where(y_mask, y_WR.to(tl.float32), 0.0), W, R)
+        sums = square_sums(tl.where(y_mask, y_WR.to(tl.float32), 0.0))
         tl.store(place, sums, mask=(block * _SQUARES < N)[:, None] & row_ok[None, :])
     elif EPILOGUE == "argmax":
         if out_ptr is not None:
@@ -324,7 +320,7 @@ def _projection_kernel(
             _rotate_and_store(
                 out_ptr, key_ptr, value_ptr, low_WR, high_WR, cos_WR, sin_WR,
                 q_norm_ptr, k_norm_ptr, eps, group, pair, row_ok,
-                rows.to(tl.int64), (rows // T).to(tl.int64), slot_R, S, H, G, PAIRS, W // 2, R,
+                rows.to(tl.int64), (rows // T).to(tl.int64), slot_R, S, H, G, PAIRS,
             )  # fmt: skip
 
 
@@ -492,6 +488,5 @@ def project(
         workspace.partials if combine else None, workspace.tickets if combine else None,
         N, K, epilogue, pairs, heads, kv_heads,
         R, tile, *tiling.early, tiling.block_k, tiling.slabs, tiling.stages, tiling.prefetch,
-        norm_levels(K), combine,
         num_warps=tiling.warps, **pdl,
     )  # fmt: skip

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from draftnorm.kernels.operands import wait_and_trigger
 from draftnorm.kernels.rms_norm import (
     MANY_ROWS,
     check_rows,
@@ -20,20 +20,19 @@ from draftnorm.kernels.rms_norm import (
     normalize_rows,
     rms_norm,
     rms_norm_backward,
+    row_columns,
 )
 
 
 @triton.jit(do_not_specialize=["M"])
 def _residual_rms_norm_kernel(
     y_ptr, summed_ptr, x_ptr, residual_ptr, weight_ptr, rstd_ptr, x_stride, residual_stride, M, eps,
-    D: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr,
-    MODE: tl.constexpr, STORE_RSTD: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, OFFSET: tl.constexpr, MODE: tl.constexpr,
+    STORE_RSTD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_and_trigger(PDL)
     rows_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    columns_1D = tl.arange(0, 1 << LEVELS)[None, :]
+    columns_1D = row_columns(D)
     mask_RD = (rows_R < M)[:, None] & (columns_1D < D)
     x_ptrs = x_ptr + rows_R[:, None] * x_stride + columns_1D
     residual_ptrs = residual_ptr + rows_R[:, None] * residual_stride + columns_1D
@@ -41,9 +40,7 @@ def _residual_rms_norm_kernel(
     residual_RD = tl.load(residual_ptrs, mask=mask_RD, other=0.0).to(tl.float32)
     dtype = y_ptr.dtype.element_ty
     summed_RD = (x_RD + residual_RD).to(dtype)
-    y_RD, rstd_R = normalize_rows(
-        summed_RD.to(tl.float32), weight_ptr, eps, dtype, D, R, LEVELS, OFFSET, MODE
-    )
+    y_RD, rstd_R = normalize_rows(summed_RD.to(tl.float32), weight_ptr, eps, dtype, D, OFFSET, MODE)
     out_RD = rows_R[:, None] * D + columns_1D
     tl.store(summed_ptr + out_RD, summed_RD, mask=mask_RD)
     tl.store(y_ptr + out_RD, y_RD.to(dtype), mask=mask_RD)
@@ -78,11 +75,11 @@ def residual_rms_norm_forward(
     y, summed = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     rstd_M = x.new_empty(0 if inference_mode else M, dtype=torch.float32)
     if M:
-        R, levels, warps = launch_shape(D, M >= MANY_ROWS, None)
+        R, warps = launch_shape(D, M >= MANY_ROWS, None)
         pdl = has_pdl(x.get_device())
         _residual_rms_norm_kernel[(triton.cdiv(M, R),)](
             y, summed, x_MD, residual_MD, weight, None if inference_mode else rstd_M,
-            x_MD.stride(0), residual_MD.stride(0), M, float(eps), D, R, levels, offset,
+            x_MD.stride(0), residual_MD.stride(0), M, float(eps), D, R, offset,
             casting_mode, not inference_mode, pdl, num_warps=warps, launch_pdl=pdl,
         )  # fmt: skip
     return y, summed, rstd_M

@@ -12,7 +12,7 @@ Casting modes (the names are Liger's; statistics are summed in fp32 in all of th
 The row function. A row's squares are summed by the binary tree over its columns, neighbours first:
 (((x0² + x1²) + (x2² + x3²)) + ...), padded with zeros to a power of two. Each addition has two
 operands, so no layout can reorder it: one row a program, many rows a program, any number of
-warps and a fused prologue that imports `sum_row` and `row_rstd` give equal bits. The sum of an
+warps and a fused prologue that imports `finish_rstd` give equal bits. The sum of an
 aligned block of 2^n columns is a node of the tree: it may be computed elsewhere and added later.
 """
 
@@ -24,10 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from draftnorm.kernels.compilation import launch
-from draftnorm.kernels.operands import prefetch_l2
+from draftnorm.kernels.operands import log2, prefetch_l2, wait_and_trigger
 
 CASTING_MODES = ("llama", "gemma", "none")
 ROW_MODES = (None, "row", "block")
@@ -63,8 +62,16 @@ def rms_norm_reference(
 
 
 @triton.jit
-def sum_row(values_RD, R: tl.constexpr, LEVELS: tl.constexpr):
+def row_columns(D: tl.constexpr):
+    """Columns of a row, padded to a power of two: [1, 2^LEVELS]."""
+    return tl.arange(0, triton.next_power_of_2(D))[None, :]
+
+
+@triton.jit
+def sum_row(values_RD):
     """Sum fp32 [R, 2^LEVELS] over columns by the module's tree -> [R]."""
+    R: tl.constexpr = values_RD.shape[0]
+    LEVELS: tl.constexpr = log2(values_RD.shape[1])
     for level in tl.static_range(LEVELS):
         pairs = tl.reshape(values_RD, [R, 1 << (LEVELS - level - 1), 2])
         if level == 8:
@@ -78,22 +85,17 @@ def sum_row(values_RD, R: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def row_rstd(x_RD, eps, D: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr):
-    """1 / sqrt(mean(x²) + eps) of fp32 rows [R, 2^LEVELS] with zeros past column D -> fp32 [R]."""
-    # fma(x, x, 0) keeps the square from being contracted into the first addition of the tree,
-    # which rounds differently wherever both operands happen to lie in one thread.
-    square_sum_R = sum_row(tl.fma(x_RD, x_RD, 0.0), R, LEVELS)
+def finish_rstd(squares, eps, D: tl.constexpr):
+    """1 / sqrt(mean + eps) of rows of D numbers, given nodes of their trees [R, …] -> fp32 [R]."""
+    square_sum_R = sum_row(squares)
     # Inductor passes Python floats as fp64: unpinned, eps would drag the whole chain along.
     return tl.rsqrt(tl.fma(square_sum_R, 1.0 / D, tl.cast(eps, tl.float32)))
 
 
 @triton.jit
-def load_factor(
-    weight_ptr, dtype,
-    D: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
+def load_factor(weight_ptr, dtype, D: tl.constexpr, OFFSET: tl.constexpr, MODE: tl.constexpr):
     """offset + w, each rounded to `dtype` unless the mode is gemma -> fp32 [1, 2^LEVELS]."""
-    columns_1D = tl.arange(0, 1 << LEVELS)[None, :]
+    columns_1D = row_columns(D)
     factor_1D = tl.load(weight_ptr + columns_1D, mask=columns_1D < D, other=0.0)
     rounded = tl.float32 if MODE == "gemma" else dtype
     return (factor_1D.to(rounded).to(tl.float32) + OFFSET).to(rounded).to(tl.float32)
@@ -101,36 +103,34 @@ def load_factor(
 
 @triton.jit
 def normalize_rows(
-    x_RD, weight_ptr, eps, dtype,
-    D: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr,
-    MODE: tl.constexpr,
-):  # fmt: skip
+    x_RD, weight_ptr, eps, dtype, D: tl.constexpr, OFFSET: tl.constexpr, MODE: tl.constexpr
+):
     """Normalise fp32 rows of `dtype` values -> (y fp32 [R, 2^LEVELS], rstd fp32 [R])."""
-    rstd_R = row_rstd(x_RD, eps, D, R, LEVELS)
+    # fma(x, x, 0) keeps the square from being contracted into the first addition of the tree,
+    # which rounds differently wherever both operands happen to lie in one thread.
+    rstd_R = finish_rstd(tl.fma(x_RD, x_RD, 0.0), eps, D)
     scale_R = rstd_R.to(dtype).to(tl.float32) if MODE == "none" else rstd_R
     rounded = tl.float32 if MODE == "gemma" else dtype
     y_RD = (x_RD * scale_R[:, None]).to(rounded).to(tl.float32)
     if weight_ptr is not None:
-        y_RD *= load_factor(weight_ptr, dtype, D, LEVELS, OFFSET, MODE)
+        y_RD *= load_factor(weight_ptr, dtype, D, OFFSET, MODE)
     return y_RD, rstd_R
 
 
 @triton.jit
 def _rms_norm_row_kernel(
     y_ptr, x_ptr, weight_ptr, rstd_ptr, x_stride, eps,
-    D: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr, MODE: tl.constexpr,
-    STORE_RSTD: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, OFFSET: tl.constexpr, MODE: tl.constexpr, STORE_RSTD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:  # before every load: even the weight may be an optimiser's latest write
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_and_trigger(PDL)  # before every load: even the weight may be an optimiser's latest write
     row = tl.program_id(0).to(tl.int64)  # row · stride passes 2³¹ at 65,536 rows of 32,768
     # A tile of one row: a vector expanded after its load would be moved through shared memory.
-    columns_1D = tl.arange(0, 1 << LEVELS)[None, :]
+    columns_1D = row_columns(D)
     mask_1D = columns_1D < D
     x_1D = tl.load(x_ptr + row * x_stride + columns_1D, mask=mask_1D, other=0.0).to(tl.float32)
     dtype = y_ptr.dtype.element_ty
-    y_1D, rstd_1 = normalize_rows(x_1D, weight_ptr, eps, dtype, D, 1, LEVELS, OFFSET, MODE)
+    y_1D, rstd_1 = normalize_rows(x_1D, weight_ptr, eps, dtype, D, OFFSET, MODE)
     tl.store(y_ptr + row * D + columns_1D, y_1D.to(dtype), mask=mask_1D)
     if STORE_RSTD:
         tl.store(rstd_ptr + row + tl.arange(0, 1), rstd_1)
@@ -139,8 +139,8 @@ def _rms_norm_row_kernel(
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_block_kernel(
     y_ptr, x_ptr, weight_ptr, rstd_ptr, x_stride, M, eps,
-    D: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr,
-    MODE: tl.constexpr, STORE_RSTD: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, OFFSET: tl.constexpr, MODE: tl.constexpr,
+    STORE_RSTD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     if PDL:
@@ -148,17 +148,16 @@ def _rms_norm_block_kernel(
         # there. Only who starts while it runs gains, as norms behind each other do; and only whole
         # lines pay.
         LINE: tl.constexpr = 1024 // x_ptr.dtype.element_ty.primitive_bitwidth
-        if D == 1 << LEVELS and D > LINE and tl.program_id(0) < _FIRST_WAVE:
+        if triton.next_power_of_2(D) == D and D > LINE and tl.program_id(0) < _FIRST_WAVE:
             row_ptrs = x_ptr + tl.minimum(rows_R, M - 1)[:, None] * x_stride
             prefetch_l2(row_ptrs + tl.arange(0, D // LINE)[None, :] * LINE)
-        gdc_wait()
-        gdc_launch_dependents()
-    columns_1D = tl.arange(0, 1 << LEVELS)[None, :]
+    wait_and_trigger(PDL)
+    columns_1D = row_columns(D)
     mask_RD = (rows_R < M)[:, None] & (columns_1D < D)
     x_ptrs = x_ptr + rows_R[:, None] * x_stride + columns_1D
     x_RD = tl.load(x_ptrs, mask=mask_RD, other=0.0).to(tl.float32)
     dtype = y_ptr.dtype.element_ty
-    y_RD, rstd_R = normalize_rows(x_RD, weight_ptr, eps, dtype, D, R, LEVELS, OFFSET, MODE)
+    y_RD, rstd_R = normalize_rows(x_RD, weight_ptr, eps, dtype, D, OFFSET, MODE)
     tl.store(y_ptr + rows_R[:, None] * D + columns_1D, y_RD.to(dtype), mask=mask_RD)
     if STORE_RSTD:
         tl.store(rstd_ptr + rows_R, rstd_R, mask=rows_R < M)
@@ -167,17 +166,17 @@ def _rms_norm_block_kernel(
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_backward_kernel(
     dx_ptr, dweight_partial_ptr, dy_ptr, x_ptr, weight_ptr, rstd_ptr, dy_stride, x_stride, M,
-    D: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr, OFFSET: tl.constexpr,
-    MODE: tl.constexpr, TILES: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, OFFSET: tl.constexpr, MODE: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """With x̂ = x · rstd and g = dy · (offset + w):  dx = rstd · (g − x̂ · mean(g · x̂)),
     dw = Σ over rows of dy · x̂, of which each program stores its own share."""
     program = tl.program_id(0).to(tl.int64)
-    columns_1D = tl.arange(0, 1 << LEVELS)[None, :]
+    columns_1D = row_columns(D)
     dtype = x_ptr.dtype.element_ty
     if weight_ptr is not None:
-        factor_1D = load_factor(weight_ptr, dtype, D, LEVELS, OFFSET, MODE)
-        dweight_RD = tl.zeros([R, 1 << LEVELS], tl.float32)
+        factor_1D = load_factor(weight_ptr, dtype, D, OFFSET, MODE)
+        dweight_RD = tl.zeros([R, triton.next_power_of_2(D)], tl.float32)
     for tile in range(TILES):
         rows_R = (program * TILES + tile) * R + tl.arange(0, R)
         mask_RD = (rows_R < M)[:, None] & (columns_1D < D)
@@ -190,7 +189,7 @@ def _rms_norm_backward_kernel(
         if weight_ptr is not None:
             dweight_RD += g_RD * x_hat_RD
             g_RD *= factor_1D
-        projection_R = sum_row(g_RD * x_hat_RD, R, LEVELS) * (1.0 / D)
+        projection_R = sum_row(g_RD * x_hat_RD) * (1.0 / D)
         dx_RD = rstd_R[:, None] * (g_RD - x_hat_RD * projection_R[:, None])
         tl.store(dx_ptr + rows_R[:, None] * D + columns_1D, dx_RD.to(dtype), mask=mask_RD)
     if weight_ptr is not None:
@@ -199,14 +198,13 @@ def _rms_norm_backward_kernel(
 
 
 @cache
-def launch_shape(D: int, many_rows: bool, row_mode: str | None) -> tuple[int, int, int]:
-    """(rows a program R, tree levels, warps) of a launch; the rule is `rms_norm_forward`'s."""
-    levels = (D - 1).bit_length()
+def launch_shape(D: int, many_rows: bool, row_mode: str | None) -> tuple[int, int]:
+    """(rows a program R, warps) of a launch; the rule is `rms_norm_forward`'s."""
     if row_mode == "block" or (row_mode is None and many_rows and D <= 1024):
-        return max(triton.next_power_of_2(triton.cdiv(2048, D)), 2), levels, 4
+        return max(triton.next_power_of_2(triton.cdiv(2048, D)), 2), 4
     if many_rows:
-        return 1, levels, min(2 ** round(math.log2(max(D / 512, 1))), 16)
-    return 1, levels, 1 if D <= 768 else min(1 << levels >> 8, 16)
+        return 1, min(2 ** round(math.log2(max(D / 512, 1))), 16)
+    return 1, 1 if D <= 768 else min(triton.next_power_of_2(D) // 256, 16)
 
 
 @cache
@@ -249,9 +247,9 @@ def _forward(x, weight, eps, offset, casting_mode, row_mode, store):
     if not x.is_contiguous():  # else the rows need no view, which takes the host as long as y
         x = x.reshape(-1, D)
         stride = x.stride()[0]
-    R, levels, warps = launch_shape(D, M >= MANY_ROWS, row_mode)
+    R, warps = launch_shape(D, M >= MANY_ROWS, row_mode)
     pdl, eps = has_pdl(device), float(eps)
-    constants = (levels, offset, casting_mode, store, pdl)
+    constants = (offset, casting_mode, store, pdl)
     if R == 1:
         kernel, grid = _rms_norm_row_kernel, (M, 1, 1)
         args = (y, x, weight, rstd_M, stride, eps, D, *constants)
@@ -313,8 +311,8 @@ def rms_norm_backward(
         raise ValueError(f"need dy like x, rstd a row: {dy.shape=}, {x.shape=}, {rstd.shape=}")
     if dy_MD.stride(1) != 1:  # autograd's choice, not the caller's: sum() expands a scalar
         dy_MD = dy_MD.contiguous()
-    levels = (D - 1).bit_length()
-    R = max(2048 >> levels, 1)
+    block = triton.next_power_of_2(D)
+    R = max(2048 // block, 1)
     tiles = triton.next_power_of_2(triton.cdiv(max(M, 1), R * MAX_BACKWARD_PROGRAMS))
     programs = triton.cdiv(M, R * tiles)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -322,7 +320,7 @@ def rms_norm_backward(
     if M:
         _rms_norm_backward_kernel[(programs,)](
             dx, dweight_PD, dy_MD, x_MD, weight, rstd, dy_MD.stride(0), x_MD.stride(0), M,
-            D, R, levels, offset, casting_mode, tiles, num_warps=min(max(1 << levels >> 9, 4), 32),
+            D, R, offset, casting_mode, tiles, num_warps=min(max(block // 512, 4), 32),
         )  # fmt: skip
     return dx, None if weight is None else dweight_PD.sum(0).to(weight.dtype)
 

@@ -76,12 +76,12 @@ def rotate_heads(qkv_MNK: Tensor, table: Pair, G: int) -> tuple[Tensor, Tensor, 
 @triton.jit(do_not_specialize=["b", "start", "S"])
 def _rotate_into_cache_kernel(
     qkv_ptr, cos_ptr, sin_ptr, key_ptr, value_ptr, b, start, S,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    pair = tl.arange(0, PAIRS)[None, :]
     HALF: tl.constexpr = K // 2
+    pair = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
     ok = (head < H + 2 * G) & (pair < HALF)
     first_ptrs = qkv_ptr + (row * (H + 2 * G) + head) * K + pair
     first = tl.load(first_ptrs, mask=ok, other=0.0).to(tl.float32)
@@ -107,7 +107,7 @@ def rotate_into_cache_forward(
     (M, N, K), (_, G, S, _) = qkv_MNK.shape, cache[0].shape
     tensors = (qkv_MNK, *table, *cache)
     assert all(x.is_contiguous() for x in tensors)
-    constants = (N - 2 * G, G, K, HEADS, triton.next_power_of_2(K // 2))
+    constants = (N - 2 * G, G, K, HEADS)
     alignments = (x.data_ptr() % 16 for x in tensors)
     key = (qkv_MNK.get_device(), "rotate", qkv_MNK.dtype, *constants, *alignments)
     args, grid = (*tensors, b, start, S, *constants), (M, triton.cdiv(N, HEADS), 1)

@@ -31,10 +31,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from draftnorm.kernels.cycle import Text, ending, finish
 from draftnorm.kernels.head import NO_TOKEN, best_of, best_token
+from draftnorm.kernels.operands import wait_and_trigger
 
 WARPS, GROUP = 16, 32  # warps of _decide, tiles of a block of its passes
 TILE = 128  # tokens of a tile
@@ -78,9 +78,7 @@ def _race_kernel(
     logits_ptr, position_ptr, settings_ptr, T,
     V: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_and_trigger(PDL)
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = tile * TILE + tl.arange(0, TILE)
     place = row * V + token
@@ -184,16 +182,13 @@ def _ahead(
 def _decide_kernel(
     chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr,
     best_ptr, best_id_ptr, scores_ptr, noisy_ptr, largest_ptr, mass_ptr, live_ptr, settings_ptr, T,
-    V: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr,
-    END: tl.constexpr, LAYERS: tl.constexpr, EXPERTS: tl.constexpr, TIMED: tl.constexpr,
-    PDL: tl.constexpr,
+    V: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr, END: tl.constexpr,
+    LAYERS: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_and_trigger(PDL)
     row = tl.program_id(0).to(tl.int64)
     C: tl.constexpr = (V + TILE - 1) // TILE
-    token = best_token(best_ptr, best_id_ptr, row, C, BLOCK_C)
+    token = best_token(best_ptr, best_id_ptr, row, C)
     settings_ptr += row // T * _WORDS
     top_p, min_p = load_fraction(settings_ptr + 1), load_fraction(settings_ptr + 2)
     top_k = tl.minimum(tl.load(settings_ptr + 3), V).to(tl.int32)
@@ -201,7 +196,7 @@ def _decide_kernel(
         scores_ptr += row * V
         noisy_ptr += row * V
         live_ptr += row * C
-        tile = tl.arange(0, BLOCK_C)
+        tile = tl.arange(0, triton.next_power_of_2(C))
         largest_C = tl.load(largest_ptr + row * C + tile, mask=tile < C, other=-_INF)
         largest = tl.max(largest_C, axis=0)
         mass_C = tl.load(mass_ptr + row * C + tile, mask=tile < C, other=0.0)
@@ -245,7 +240,7 @@ def _decide_kernel(
             token = tl.where(kept, token, leader)
     finish(
         token, row, chosen_ptr, text_ptr, state_ptr, blocks_ptr, experts_ptr,
-        END, LAYERS, EXPERTS, TIMED,
+        END, LAYERS, EXPERTS,
     )  # fmt: skip
 
 
@@ -336,19 +331,18 @@ def sample(
     `text`, `end` and `experts` are those of `head.choose`.
     """
     V, tile = logits_MV.shape[1], workspace.tile
-    C = triton.cdiv(V, tile)
     scored = (
         *workspace.best, workspace.scores_MV, workspace.noisy_MV, workspace.largest_MC,
         workspace.mass_MC,
     )  # fmt: skip
-    _race_kernel[(C, rows)](
+    _race_kernel[(triton.cdiv(V, tile), rows)](
         *scored, logits_MV, draw.positions_M, draw.settings_BW, draw.rows_per_sequence, V, tile,
         num_warps=1, **pdl,
     )  # fmt: skip
-    tensors, constants = ending(text, end, experts, chosen_M)
+    tensors, constants = ending(text, end, experts)
     _decide_kernel[(rows,)](
         chosen_M, *tensors, *scored, workspace.live_MC, draw.settings_BW, draw.rows_per_sequence,
-        V, tile, GROUP, triton.next_power_of_2(C), *constants, num_warps=WARPS, **pdl,
+        V, tile, GROUP, *constants, num_warps=WARPS, **pdl,
     )  # fmt: skip
 
 

@@ -140,9 +140,9 @@ def compile_ptx(D: int, *, many_rows: bool, store: bool) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    R, levels, warps = module.launch_shape(D, many_rows, None)
+    R, warps = module.launch_shape(D, many_rows, None)
     kernel = module._rms_norm_row_kernel if R == 1 else module._rms_norm_block_kernel
-    constants = {"D": D, "LEVELS": levels, "OFFSET": 0.0, "MODE": "llama"}
+    constants = {"D": D, "OFFSET": 0.0, "MODE": "llama"}
     constants |= {"STORE_RSTD": store, "PDL": True} | ({"R": R} if R > 1 else {})
     constants |= {} if store else {"rstd_ptr": None}
     types = {"y_ptr": "*bf16", "x_ptr": "*bf16", "weight_ptr": "*bf16", "rstd_ptr": "*fp32"}
@@ -266,10 +266,9 @@ def test_bits_of_a_row_do_not_depend_on_the_launch(dtype):
         shifted = torch.empty(64 * D + 1, dtype=dtype, device="cuda")[1:].view(64, D)
         shifted.copy_(x[:64])  # not aligned to 16 bytes: other loads, other layouts
         assert torch.equal(rms_norm(shifted, weight, EPS), expected[:64])
-        levels = (D - 1).bit_length()
         for warps in (1, 2, 4, 8, 16):
             y = torch.empty_like(x[:64])
-            options = (D, levels, 0.0, "llama", False, False)
+            options = (D, 0.0, "llama", False, False)
             module._rms_norm_row_kernel[(64,)](
                 y, x, weight, None, D, EPS, *options, num_warps=warps
             )
@@ -291,7 +290,7 @@ def test_dependent_launches_keep_their_order():
 
         def chain(buffers=buffers, pdl=pdl):
             for x, y in pairwise(buffers):
-                options = (576, EPS, 576, 10, 0.0, "llama", False, pdl)
+                options = (576, EPS, 576, 0.0, "llama", False, pdl)
                 module._rms_norm_row_kernel[(16,)](
                     y, x, None, None, *options, num_warps=1, launch_pdl=pdl
                 )

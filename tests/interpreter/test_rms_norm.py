@@ -37,7 +37,7 @@ def _sum_kernel(out_ptr, x_ptr, R: tl.constexpr, LEVELS: tl.constexpr):
     rows = tl.arange(0, R)
     columns = tl.arange(0, 1 << LEVELS)
     x_RD = tl.load(x_ptr + rows[:, None] * (1 << LEVELS) + columns[None, :])
-    tl.store(out_ptr + rows, sum_row(x_RD, R, LEVELS))
+    tl.store(out_ptr + rows, sum_row(x_RD))
 
 
 @pytest.mark.parametrize("levels", [0, 1, 5, 8, 9, 11])
