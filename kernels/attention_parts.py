@@ -15,8 +15,9 @@ LOWEST: tl.constexpr = tl.constexpr(-1e38)  # maximum of nothing: finite, so no 
 
 
 @triton.jit
-def join_slabs(even_LDR, odd_LDR, max_LR, scale, sum_LR4):
+def join_slabs(softmax, scale):
     """The slabs of a split as one part: acc [R, K / 4, 4], maximum and sum [R]."""
+    max_LR, sum_LR4, even_LDR, odd_LDR = softmax
     L: tl.constexpr = max_LR.shape[0]
     R: tl.constexpr = max_LR.shape[1]
     BLOCK_D: tl.constexpr = 2 * even_LDR.shape[1]
@@ -48,8 +49,9 @@ def _add_part(max_R, sum_R, acc, part_max, part_sum, part_acc):
 
 
 @triton.jit
-def join_pair(even_LDR, odd_LDR, max_LR, scale, sum_LR4):
+def join_pair(softmax, scale):
     """Two splits, each half of the slabs, as one part: acc [R, K / 4, 4] and sum [R]."""
+    max_LR, sum_LR4, even_LDR, odd_LDR = softmax
     L: tl.constexpr = max_LR.shape[0]
     R: tl.constexpr = max_LR.shape[1]
     D: tl.constexpr = even_LDR.shape[1] // 2
@@ -81,10 +83,9 @@ def _sum_half(acc_LDR, weight_LR):
 
 
 @triton.jit
-def store_part(
-    acc_ptr, extremes_ptr, part, acc_RDE, max_R, sum_R, mask, dim, R: tl.constexpr, K: tl.constexpr
-):
+def store_part(acc_ptr, extremes_ptr, part, acc_RDE, max_R, sum_R, mask, dim, K: tl.constexpr):
     """Leave one part of a tile for the program that joins: acc [R, K], maximum and sum [R, 2]."""
+    R: tl.constexpr = max_R.shape[0]
     r = tl.arange(0, R)
     place = turned(acc_ptr + ((r + part * R)[:, None, None] * K + dim))
     tl.store(place, turned(acc_RDE), mask=turned(mask))
@@ -93,26 +94,23 @@ def store_part(
 
 
 @triton.jit
-def join_parts(
-    acc_ptr, extremes_ptr, first, last, mask, dim, R: tl.constexpr, K: tl.constexpr,
-    D: tl.constexpr,
-):  # fmt: skip
+def join_parts(acc_ptr, extremes_ptr, first, last, mask, dim, K: tl.constexpr):
     """Join parts first … last in order, a few at a time, so that their loads overlap."""
     if last - first < 4:  # one trip either way, and shorter
-        joined = _join_some(acc_ptr, extremes_ptr, first, last, mask, dim, R, K, D, 4)
+        joined = _join_some(acc_ptr, extremes_ptr, first, last, mask, dim, K, 4)
     else:
-        joined = _join_some(acc_ptr, extremes_ptr, first, last, mask, dim, R, K, D, 8)
+        joined = _join_some(acc_ptr, extremes_ptr, first, last, mask, dim, K, 8)
     return joined
 
 
 @triton.jit
 def _join_some(
-    acc_ptr, extremes_ptr, first, last, mask, dim, R: tl.constexpr, K: tl.constexpr,
-    D: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
+    acc_ptr, extremes_ptr, first, last, mask, dim, K: tl.constexpr, TOGETHER: tl.constexpr
+):
     """The same, TOGETHER at a time."""
+    R: tl.constexpr = mask.shape[0]
     r = tl.arange(0, R)[:, None, None]
-    max_R, sum_R, acc_RDE = _no_part(R, D)
+    max_R, sum_R, acc_RDE = _no_part(R, mask.shape[1])
     for start in range(first, last + 1, TOGETHER):
         for i in tl.static_range(TOGETHER):
             # A part that is not there weighs exp2(lowest) = 0 and adds exact zeros.

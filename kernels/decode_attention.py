@@ -132,7 +132,7 @@ def _queries(
 
 @triton.jit
 def _load_lines(
-    ptr, s, last, live, dim, path, K: tl.constexpr, DIM_OK: tl.constexpr, POLICY: tl.constexpr
+    ptr, s, last, live, dim, path, K: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr
 ):
     """Keys or values at positions s, the last one's at those past it; anything if not live."""
     s, dim = turned(tl.maximum(tl.minimum(s, last), 0)), turned(dim)
@@ -142,7 +142,7 @@ def _load_lines(
         on_path = (step >= 0) & (step < length)
         slot = tl.load(slots_ptr + b * length + step, mask=on_path & live, other=0)
         s = tl.where(step >= 0, slot, s)
-    if DIM_OK:
+    if FULL:
         return turned(tl.load(ptr + (s * K + dim), mask=live, eviction_policy=POLICY))
     return turned(tl.load(ptr + (s * K + dim), mask=live & (dim < K), other=0))
 
@@ -182,11 +182,10 @@ def _values(word, SHIFT: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    q_LQK, k, v, s_LN, position_R, scale, even_LDR, odd_LDR, max_LR, sum_LR4, dtype: tl.constexpr,
-    WINDOW: tl.constexpr,
-):  # fmt: skip
+def _attend(softmax, q_LQK, k, v, s_LN, position_R, scale, WINDOW: tl.constexpr):
     """One block of keys into the running softmax of each slab: nothing leaves its warp."""
+    max_LR, sum_LR4, even_LDR, odd_LDR = softmax
+    dtype: tl.constexpr = q_LQK.dtype
     L: tl.constexpr = max_LR.shape[0]
     R: tl.constexpr = max_LR.shape[1]
     N: tl.constexpr = s_LN.shape[1]
@@ -209,7 +208,7 @@ def _attend(
     odd_LDR = tl.dot(odd, p_LNR, odd_LDR * keep[:, None, :], input_precision="ieee")
     p = tl.reshape(p, [L, R, N // 8, 4, 2])
     sum_LR4 = tl.fma(sum_LR4, keep[:, :, None], tl.sum(tl.sum(p, axis=4), axis=2))
-    return even_LDR, odd_LDR, new_max, sum_LR4
+    return new_max, sum_LR4, even_LDR, odd_LDR
 
 
 @triton.jit(
@@ -315,35 +314,30 @@ def _decode_attention_kernel(
     for split in range(first, last + 1, ABREAST):
         max_LR = tl.full([L, R], LOWEST, tl.float32)
         sum_LR4 = tl.zeros([L, R, 4], tl.float32)
-        even_LDR = tl.zeros([L, BLOCK_D // 2, R], tl.float32)
-        odd_LDR = tl.zeros([L, BLOCK_D // 2, R], tl.float32)
+        acc_LDR = tl.zeros([L, BLOCK_D // 2, R], tl.float32)
+        softmax = (max_LR, sum_LR4, acc_LDR, acc_LDR)  # of even dimensions and of odd ones
         end = tl.minimum(_first_of(split + 1), newest + 1)
         for start in tl.range(_first_of(split), end, BUFFERS * _BLOCK_S, num_stages=1):
-            even_LDR, odd_LDR, max_LR, sum_LR4 = _attend(
-                q_LQK, k0, v0, start + s_LN, position_R, scale, even_LDR, odd_LDR, max_LR,
-                sum_LR4, dtype, WINDOW,
-            )  # fmt: skip
+            softmax = _attend(softmax, q_LQK, k0, v0, start + s_LN, position_R, scale, WINDOW)
             ahead = start + BUFFERS * _BLOCK_S
             if ABREAST == 1:
                 k0, v0 = _load_block(ahead, newest, ahead <= newest, places, K, FULL, POLICY)
             if BUFFERS == 2:
                 if start + _BLOCK_S < end:
-                    even_LDR, odd_LDR, max_LR, sum_LR4 = _attend(
-                        q_LQK, k1, v1, start + _BLOCK_S + s_LN, position_R, scale, even_LDR,
-                        odd_LDR, max_LR, sum_LR4, dtype, WINDOW,
-                    )  # fmt: skip
+                    s = start + _BLOCK_S + s_LN
+                    softmax = _attend(softmax, q_LQK, k1, v1, s, position_R, scale, WINDOW)
                 if ABREAST == 1:
                     ahead += _BLOCK_S
                     k1, v1 = _load_block(ahead, newest, ahead <= newest, places, K, FULL, POLICY)
         if ABREAST == 2:
-            acc_RDE, sum_R = join_pair(even_LDR, odd_LDR, max_LR, scale, sum_LR4)
+            acc_RDE, sum_R = join_pair(softmax, scale)
             store_out(out_ptr, acc_RDE, sum_R, mask)
         else:
-            acc_RDE, max_R, sum_R = join_slabs(even_LDR, odd_LDR, max_LR, scale, sum_LR4)
+            acc_RDE, max_R, sum_R = join_slabs(softmax, scale)
             if ALONE or first_split == last_split:
                 store_out(out_ptr, acc_RDE, sum_R, mask)
             else:
-                store_part(acc_ptr, extremes_ptr, split, acc_RDE, max_R, sum_R, mask, dim, R, K)
+                store_part(acc_ptr, extremes_ptr, split, acc_RDE, max_R, sum_R, mask, dim, K)
     if not ALONE and first_split < last_split:
         # Join the splits of a group, then the groups.
         ticket_ptr += line * (groups + 1)
@@ -354,7 +348,7 @@ def _decode_attention_kernel(
         if arrive(ticket_ptr + my_group, mine) + mine == end_group - begin_group + 1:
             tl.store(ticket_ptr + my_group, 0)
             acc_RDE, max_R, sum_R = join_parts(
-                acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, R, K, BLOCK_D // 4
+                acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, K
             )
             begin_group, end_group = first_split // _GROUP_SPLITS, last_split // _GROUP_SPLITS
             if begin_group == end_group:
@@ -362,11 +356,11 @@ def _decode_attention_kernel(
             else:
                 acc_ptr += splits * R * K
                 extremes_ptr += splits * 2 * R
-                store_part(acc_ptr, extremes_ptr, my_group, acc_RDE, max_R, sum_R, mask, dim, R, K)
+                store_part(acc_ptr, extremes_ptr, my_group, acc_RDE, max_R, sum_R, mask, dim, K)
                 if arrive(ticket_ptr + groups, 1) == end_group - begin_group:
                     tl.store(ticket_ptr + groups, 0)
                     acc_RDE, max_R, sum_R = join_parts(
-                        acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, R, K, BLOCK_D // 4
+                        acc_ptr, extremes_ptr, begin_group, end_group, mask, dim, K
                     )
                     store_out(out_ptr, acc_RDE, sum_R, mask)
 
