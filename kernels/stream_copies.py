@@ -1,8 +1,8 @@
 """What brings weights and rows into the shared memory of kernels/weight_stream.py.
 
-Legend there. A ring is slots, and for each slot two barriers in shared memory: `full`, which copies
-complete, and `empty`, on which its reader arrives. `count` numbers the uses of a ring's slots; a
-use waits for the round of its slot that count // SLOTS says.
+Legend there. A ring is a tuple: slots, two barriers for each in shared memory, `full`, which copies
+complete, and `empty`, on which its reader arrives, and SLOTS, how many there are. `count` numbers
+the uses of the slots; a use waits for the round of its slot that count // SLOTS says.
 """
 
 from triton.experimental import gluon
@@ -23,6 +23,31 @@ thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @gluon.jit
+def empty_slot(ring, count):
+    """Where the copies of a use go, once the slot's last reader has let it go."""
+    _, _, empty, SLOTS = ring
+    slot = count % SLOTS
+    mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+    return slot
+
+
+@gluon.jit
+def full_slot(ring, count):
+    """Where a use finds what was copied for it, once it is there."""
+    _, full, _, SLOTS = ring
+    slot = count % SLOTS
+    mbarrier.wait(full.index(slot), count // SLOTS & 1)
+    return slot
+
+
+@gluon.jit
+def let_go(ring, count):
+    """The slot of this use may be filled anew."""
+    _, _, empty, SLOTS = ring
+    mbarrier.arrive(empty.index(count % SLOTS), count=1)
+
+
+@gluon.jit
 def _under_way(slot):
     """How many slots of weights may be under way once this one of a phase is asked for.
 
@@ -38,30 +63,26 @@ def _under_way(slot):
 
 
 @gluon.jit
-def _stream_tile(
-    weight, ring, full, empty, count, begin, tile,
-    PAIRS: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
-):  # fmt: skip
+def _stream_tile(weight, ring, count, begin, tile, PAIRS: gl.constexpr, K: gl.constexpr):
     """Copies of one tile, left to right, of a phase that began with use `begin` of the ring."""
+    slots, full, _, _ = ring
     line = tile // (PAIRS // 8) * (2 * PAIRS) + tile % (PAIRS // 8) * 8
     for step in range(K // COLUMNS):
-        slot = count % SLOTS
-        mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+        slot = empty_slot(ring, count)
         landed = count - _under_way(count - begin)
         if landed >= 0:
-            mbarrier.wait(full.index(landed % SLOTS), landed // SLOTS & 1)
+            full_slot(ring, landed)
         mbarrier.expect(full.index(slot), weight.block_type.nbytes)
         place = [step * L, 0, line, 0]
-        tma.async_copy_global_to_shared(weight, place, full.index(slot), ring.index(slot))
+        tma.async_copy_global_to_shared(weight, place, full.index(slot), slots.index(slot))
         count += 1
     return count
 
 
 @gluon.jit
 def _stream_tickets(
-    weight, ring, full, empty, tiles, counter_ptr, opened, count,
-    TILES: gl.constexpr, PAIRS: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
-    FIRST: gl.constexpr,
+    weight, ring, tiles, counter_ptr, opened, count,
+    TILES: gl.constexpr, PAIRS: gl.constexpr, K: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """A phase of many tiles: multiprocessors are not equally fast, so each takes what it can.
 
@@ -79,52 +100,43 @@ def _stream_tickets(
             mbarrier.wait(opened.index(FIRST), 0)  # the kernel before this one draws no more
             ticket = gl.atomic_add(counter_ptr + TICKETS, 1, sem="relaxed") % draws
             next_tile = dealt + ticket.to(gl.int32)
-        slot = count % SLOTS
-        mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+        slot = empty_slot(ring, count)
         tiles.index(slot).store(gl.full([1], tile, gl.int32, one))
         thread_barrier()  # all lanes have stored it, and one of them arrives
-        count = _stream_tile(weight, ring, full, empty, count, begin, tile, PAIRS, K, SLOTS)
+        count = _stream_tile(weight, ring, count, begin, tile, PAIRS, K)
         tile = next_tile
-    slot = count % SLOTS
-    mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+    slot = empty_slot(ring, count)
     tiles.index(slot).store(gl.full([1], TILES, gl.int32, one))
     thread_barrier()
-    mbarrier.arrive(full.index(slot), count=1)
+    mbarrier.arrive(ring[1].index(slot), count=1)
     return count + 1
 
 
 @gluon.jit
-def _stream_weights(
-    weight, ring, full, empty, count,
-    TILES: gl.constexpr, PAIRS: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
-):  # fmt: skip
+def _stream_weights(weight, ring, count, TILES: gl.constexpr, PAIRS: gl.constexpr, K: gl.constexpr):
     """A phase of few tiles, dealt out in turns."""
     begin = count
     for tile in range(gl.program_id(0), TILES, gl.num_programs(0)):
-        count = _stream_tile(weight, ring, full, empty, count, begin, tile, PAIRS, K, SLOTS)
+        count = _stream_tile(weight, ring, count, begin, tile, PAIRS, K)
     return count
 
 
 @gluon.jit
 def weights_part(
-    o, gate_up, down, qkv, ring, full, empty, tiles, counter_ptr, opened,
+    o, gate_up, down, qkv, ring, tiles, counter_ptr, opened,
     D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
-    FIRST: gl.constexpr, LAST: gl.constexpr, SLOTS: gl.constexpr,
+    FIRST: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     """One warp: the weights of all phases, in the order of their use."""
     n = 0
     if FIRST <= O_PROJ and LAST >= O_PROJ:
-        K: gl.constexpr = 2 * H * HALF
-        n = _stream_weights(o, ring, full, empty, n, D // 16, 8, K, SLOTS)
+        n = _stream_weights(o, ring, n, D // 16, 8, 2 * H * HALF)
     if FIRST <= GATE_UP and LAST >= GATE_UP:
-        n = _stream_tickets(
-            gate_up, ring, full, empty, tiles, counter_ptr, opened, n, F // 8, F, D, SLOTS, FIRST,
-        )  # fmt: skip
+        n = _stream_tickets(gate_up, ring, tiles, counter_ptr, opened, n, F // 8, F, D, FIRST)
     if FIRST <= DOWN and LAST >= DOWN:
-        n = _stream_weights(down, ring, full, empty, n, D // 16, 8, F, SLOTS)
+        n = _stream_weights(down, ring, n, D // 16, 8, F)
     if LAST >= QKV:
-        TILES: gl.constexpr = (H + 2 * G) * HALF // 8
-        n = _stream_weights(qkv, ring, full, empty, n, TILES, HALF, D, SLOTS)
+        _stream_weights(qkv, ring, n, (H + 2 * G) * HALF // 8, HALF, D)
 
 
 @gluon.jit
@@ -157,11 +169,10 @@ def _change_phase(counter_ptr, opened, PHASE: gl.constexpr, FIRST: gl.constexpr)
 
 
 @gluon.jit
-def _fetch_inputs(
-    x_ptr, M, ring, full, empty, count,
-    TILES: gl.constexpr, K: gl.constexpr, R: gl.constexpr, SLOTS: gl.constexpr,
-):  # fmt: skip
+def _fetch_inputs(x_ptr, M, ring, count, TILES: gl.constexpr, K: gl.constexpr, R: gl.constexpr):
     """Rows of x: once if the ring holds them, else for each tile."""
+    slots, full, _, _ = ring
+    SLOTS: gl.constexpr = ring[3]
     layout: gl.constexpr = inputs_layout(R)
     slab = gl.arange(0, L, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     row = gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
@@ -173,10 +184,9 @@ def _fetch_inputs(
         turns = gl.cdiv(TILES - gl.program_id(0), gl.num_programs(0))
     for _ in range(turns):
         for step in range(K // COLUMNS):
-            slot = count % SLOTS
-            mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+            slot = empty_slot(ring, count)
             async_copy.async_copy_global_to_shared(
-                ring.index(slot), pointers + step * COLUMNS, mask=mask
+                slots.index(slot), pointers + step * COLUMNS, mask=mask
             )
             async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
             count += 1
@@ -185,10 +195,9 @@ def _fetch_inputs(
 
 @gluon.jit
 def inputs_part(
-    attended_ptr, x_ptr, gated_ptr, counter_ptr, M,
-    ring, full, empty, opened,
+    attended_ptr, x_ptr, gated_ptr, counter_ptr, M, ring, opened,
     D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
-    R: gl.constexpr, SLOTS: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
+    R: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     """Two warps: open each phase to this program, and bring the rows it reads."""
     gdc_wait()
@@ -196,17 +205,16 @@ def inputs_part(
     mbarrier.arrive(opened.index(FIRST), count=1)
     n = 0
     if FIRST <= O_PROJ and LAST >= O_PROJ:
-        n = _fetch_inputs(attended_ptr, M, ring, full, empty, n, D // 16, 2 * H * HALF, R, SLOTS)
+        n = _fetch_inputs(attended_ptr, M, ring, n, D // 16, 2 * H * HALF, R)
     if FIRST <= GATE_UP and LAST >= GATE_UP:
         _change_phase(counter_ptr, opened, GATE_UP, FIRST)
-        n = _fetch_inputs(x_ptr, M, ring, full, empty, n, F // 8, D, R, SLOTS)
+        n = _fetch_inputs(x_ptr, M, ring, n, F // 8, D, R)
     if FIRST <= DOWN and LAST >= DOWN:
         _change_phase(counter_ptr, opened, DOWN, FIRST)
-        n = _fetch_inputs(gated_ptr, M, ring, full, empty, n, D // 16, F, R, SLOTS)
+        n = _fetch_inputs(gated_ptr, M, ring, n, D // 16, F, R)
     if LAST >= QKV:
         _change_phase(counter_ptr, opened, QKV, FIRST)
-        TILES: gl.constexpr = (H + 2 * G) * HALF // 8
-        n = _fetch_inputs(x_ptr, M, ring, full, empty, n, TILES, D, R, SLOTS)
+        _fetch_inputs(x_ptr, M, ring, n, (H + 2 * G) * HALF // 8, D, R)
 
 
 @gluon.jit

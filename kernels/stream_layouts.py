@@ -4,6 +4,7 @@ A basis says where in a tensor one bit of a register's, lane's or warp's number 
 rows of x in a tile, 8 or 16; [L, …] a slab of K for each of 8 warps.
 """
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -65,6 +66,12 @@ def inputs_layout(R):
     columns, rows = _bits(1, 64, 3, 2), _bits(1, R, 3, 1)
     rest = rows[2:] + _bits(1, 8, 3, 0)
     return _layout(columns[:3] + rest[1:], columns[3:] + rows[:2], rest[:1], [8, R, 64], 2)
+
+
+@gluon.constexpr_function
+def count_nodes(D):
+    """Sums of squares of 16 columns of a row, padded: at least one a lane."""
+    return max(triton.next_power_of_2(D // 16), 32)
 
 
 @gluon.constexpr_function

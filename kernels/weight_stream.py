@@ -3,7 +3,7 @@
 Its phases: o product + residual; norm + gate/up + SiLU · u; down product + residual; norm + qkv +
 rotary of the next layer. Legend: M rows, R rows of a tile (absent ones are zeros), T rows of a
 sequence, K inputs, N outputs, F feed-forward width, D hidden size, H query heads, G key/value heads
-of 2 · HALF, S cache slots, L = 8 slabs of K, one a warp, NODES sums of squares of 16 columns.
+of 2 · HALF, S cache slots, L = 8 slabs of K, one a warp.
 
 As kernels of their own, each of these products waits at its start for rows that the one before it
 has just written, and meanwhile no weight is on its way: 2 to 2.5 µs a border. Here one program a
@@ -33,7 +33,6 @@ own pipelines end at such a border; for Hopper, and measured on an H200 alone.
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import linear
 from triton.experimental import gluon
@@ -42,7 +41,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
-from draftnorm.kernels.decode_norm import SQUARES
 from draftnorm.kernels.gated import gated_reference
 from draftnorm.kernels.projection import Rotary
 from draftnorm.kernels.rms_norm import rms_norm_reference
@@ -55,7 +53,9 @@ from draftnorm.kernels.stream_copies import (
     QKV,
     SLAB,
     L,
+    full_slot,
     inputs_part,
+    let_go,
     load_scales,
     thread_barrier,
     weights_part,
@@ -63,6 +63,7 @@ from draftnorm.kernels.stream_copies import (
 from draftnorm.kernels.stream_layouts import (
     INPUT_WARPS,
     columns_layout,
+    count_nodes,
     half_layout,
     nodes_layout,
     rows_layout,
@@ -86,8 +87,9 @@ _COPY_REGISTERS = gl.constexpr(48)
 
 
 @gluon.jit
-def _rstd(squares_ptr, M, eps, D: gl.constexpr, R: gl.constexpr, NODES: gl.constexpr):
+def _rstd(squares_ptr, M, eps, D: gl.constexpr, R: gl.constexpr):
     """What `finish_rstd` computes, fp32 [R], from the same sums in the same order."""
+    NODES: gl.constexpr = count_nodes(D)
     layout: gl.constexpr = nodes_layout(R, NODES)
     row = gl.arange(0, R, gl.SliceLayout(1, layout))[:, None]
     node = gl.arange(0, NODES, gl.SliceLayout(0, layout))[None, :]
@@ -102,47 +104,42 @@ def _rstd(squares_ptr, M, eps, D: gl.constexpr, R: gl.constexpr, NODES: gl.const
 
 
 @gluon.jit
-def _weights(ring, full, count, SLOTS: gl.constexpr):
+def _weights(ring, count):
     """The next slot of weights, as the instruction wants them."""
-    slot = count % SLOTS
-    mbarrier.wait(full.index(slot), count // SLOTS & 1)
-    return ring.index(slot).reshape([L, 16, SLAB]).load(_A)
+    return ring[0].index(full_slot(ring, count)).reshape([L, 16, SLAB]).load(_A)
 
 
 @gluon.jit
-def _rows(ring, full, count, step, SLOTS: gl.constexpr, rstd, scales):
+def _rows(ring, count, step, rstd, scales):
     """512 columns of x, as the instruction wants them, normalised if there are `scales`."""
-    slot = (count + step) % SLOTS
-    mbarrier.wait(full.index(slot), (count + step) // SLOTS & 1)
-    x = ring.index(slot).permute([0, 2, 1]).load(_B)
+    slots = ring[0]
+    x = slots.index(full_slot(ring, count + step)).permute([0, 2, 1]).load(_B)
     if scales is not None:
         scale = scales.index(step).load(gl.SliceLayout(2, _B))[:, :, None].to(gl.float32)
-        x = (x.to(gl.float32) * rstd[None, None, :]).to(ring.dtype).to(gl.float32)
-        x = (x * scale).to(ring.dtype)
+        x = (x.to(gl.float32) * rstd[None, None, :]).to(slots.dtype).to(gl.float32)
+        x = (x * scale).to(slots.dtype)
     return x
 
 
 @gluon.jit
 def _product(w, x, counts, rstd, scales, K: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr):
-    """One tile of outputs, fp32 [16, R], from the rings w and x: (slots, full, empty, how many)."""
-    ring, full, empty, SLOTS = w
-    x_ring, x_full, x_empty, X_SLOTS = x
+    """One tile of outputs, fp32 [16, R], from the rings w and x."""
     count, x_count = counts
     even = gl.zeros([L, 16, R], gl.float32, _MMA)
     odd = gl.zeros([L, 16, R], gl.float32, _MMA)
     for step in range(0, K // COLUMNS, 2):
-        x0 = _rows(x_ring, x_full, x_count, step, X_SLOTS, rstd, scales)
-        x1 = _rows(x_ring, x_full, x_count, step + 1, X_SLOTS, rstd, scales)
-        w0 = _weights(ring, full, count, SLOTS)
-        w1 = _weights(ring, full, count + 1, SLOTS)
+        x0 = _rows(x, x_count, step, rstd, scales)
+        x1 = _rows(x, x_count, step + 1, rstd, scales)
+        w0 = _weights(w, count)
+        w1 = _weights(w, count + 1)
         # Both slots are in registers before a copy may write there again: a barrier of warps waits
         # for no load that is under way.
         fence_async_shared()
-        mbarrier.arrive(empty.index(count % SLOTS), count=1)
-        mbarrier.arrive(empty.index((count + 1) % SLOTS), count=1)
+        let_go(w, count)
+        let_go(w, count + 1)
         if not HELD:
-            mbarrier.arrive(x_empty.index((x_count + step) % X_SLOTS), count=1)
-            mbarrier.arrive(x_empty.index((x_count + step + 1) % X_SLOTS), count=1)
+            let_go(x, x_count + step)
+            let_go(x, x_count + step + 1)
         even = mma_v2(w0, x0, even)
         odd = mma_v2(w1, x1, odd)
         count += 2
@@ -156,12 +153,10 @@ def _product(w, x, counts, rstd, scales, K: gl.constexpr, R: gl.constexpr, HELD:
 @gluon.jit
 def _let_rows_go(x, counts, K: gl.constexpr):
     """Held rows are needed no more, nor by a program that had no tile for them: but they came."""
-    _, x_full, x_empty, X_SLOTS = x
     count, x_count = counts
     for step in range(K // COLUMNS):
-        x_slot = (x_count + step) % X_SLOTS
-        mbarrier.wait(x_full.index(x_slot), (x_count + step) // X_SLOTS & 1)
-        mbarrier.arrive(x_empty.index(x_slot), count=1)
+        full_slot(x, x_count + step)
+        let_go(x, x_count + step)
     return count, x_count + K // COLUMNS
 
 
@@ -176,10 +171,10 @@ def _finish_phase(opened, PHASE: gl.constexpr, LAST: gl.constexpr):
 @gluon.jit
 def _residual_phase(
     x_ptr, squares_ptr, M, w, x, counts, opened,
-    D: gl.constexpr, K: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr, PHASE: gl.constexpr,
-    LAST: gl.constexpr,
+    D: gl.constexpr, K: gl.constexpr, R: gl.constexpr, PHASE: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     """x += y Wᵀ, and the sums of squares of each 16 columns of x for the next norm."""
+    HELD: gl.constexpr = x[3] >= K // COLUMNS
     layout: gl.constexpr = tile_layout(R)
     row = gl.arange(0, R, gl.SliceLayout(0, layout))[None, :]
     lane = gl.arange(0, 16, gl.SliceLayout(1, layout))[:, None]
@@ -214,29 +209,35 @@ def _halves(y, R: gl.constexpr):
 @gluon.jit
 def _next_tile(w, tiles, counts):
     """Which tile the next slot begins."""
-    _, full, _, SLOTS = w
-    slot = counts[0] % SLOTS
-    mbarrier.wait(full.index(slot), counts[0] // SLOTS & 1)
     one: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    return gl.max(tiles.index(slot).load(one), axis=0)
+    return gl.max(tiles.index(full_slot(w, counts[0])).load(one), axis=0)
+
+
+@gluon.jit
+def _open_phase(
+    opened, norm_ptr, squares_ptr, M, eps, scales,
+    D: gl.constexpr, R: gl.constexpr, NORM: gl.constexpr, PHASE: gl.constexpr,
+):  # fmt: skip
+    """Wait until a phase begins; its rows' rstd, and their norm's weight in `scales`."""
+    rstd = 0
+    if NORM:
+        load_scales(norm_ptr, scales, D)
+    mbarrier.wait(opened.index(PHASE), 0)
+    if NORM:
+        rstd = _rstd(squares_ptr, M, eps, D, R)
+    return rstd
 
 
 @gluon.jit
 def _gated_phase(
     out_ptr, norm_ptr, squares_ptr, M, eps, w, x, counts, scales, tiles, opened,
-    D: gl.constexpr, F: gl.constexpr, R: gl.constexpr, NODES: gl.constexpr, NORM: gl.constexpr,
-    LAST: gl.constexpr,
+    D: gl.constexpr, F: gl.constexpr, R: gl.constexpr, NORM: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     """out = silu(g) · u."""
     layout: gl.constexpr = half_layout(R)
     row = gl.arange(0, R, gl.SliceLayout(0, layout))[None, :]
     lane = gl.arange(0, 8, gl.SliceLayout(1, layout))[:, None]
-    rstd = 0
-    if NORM:
-        load_scales(norm_ptr, scales, D)
-    mbarrier.wait(opened.index(GATE_UP), 0)
-    if NORM:
-        rstd = _rstd(squares_ptr, M, eps, D, R, NODES)
+    rstd = _open_phase(opened, norm_ptr, squares_ptr, M, eps, scales, D, R, NORM, GATE_UP)
     tile = _next_tile(w, tiles, counts)
     while tile < F // 8:
         acc, counts = _product(w, x, counts, rstd, scales if NORM else None, D, R, True)
@@ -244,7 +245,7 @@ def _gated_phase(
         y = gate / (1.0 + gl.exp(-gate)) * up
         gl.store(out_ptr + row * F + tile * 8 + lane, y.to(out_ptr.dtype.element_ty), mask=row < M)
         tile = _next_tile(w, tiles, counts)
-    mbarrier.arrive(w[2].index(counts[0] % w[3]), count=1)
+    let_go(w, counts[0])
     counts = (counts[0] + 1, counts[1])
     _finish_phase(opened, GATE_UP, LAST)
     return _let_rows_go(x, counts, D)
@@ -256,19 +257,14 @@ def _rotary_phase(
     M, first_row, T, S, norm_ptr, squares_ptr, eps, w, x, counts,
     scales, opened,
     D: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
-    R: gl.constexpr, NODES: gl.constexpr, NORM: gl.constexpr,
+    R: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
     """Heads of q, k and v, q and k turned by position; k and v into the cache."""
     layout: gl.constexpr = half_layout(R)
     row_R = gl.arange(0, R, gl.SliceLayout(0, layout))
     row = row_R[None, :]
     lane = gl.arange(0, 8, gl.SliceLayout(1, layout))[:, None]
-    rstd = 0
-    if NORM:
-        load_scales(norm_ptr, scales, D)
-    mbarrier.wait(opened.index(QKV), 0)
-    if NORM:
-        rstd = _rstd(squares_ptr, M, eps, D, R, NODES)
+    rstd = _open_phase(opened, norm_ptr, squares_ptr, M, eps, scales, D, R, NORM, QKV)
     position = gl.load(position_ptr + row_R, mask=row_R < M, other=0)[None, :]
     slot = gl.load(slot_ptr + row_R, mask=row_R < M, other=0)[None, :]
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -303,33 +299,26 @@ def _products_part(
     q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr,
     M, first_row, T, S, eps, next_eps, w, x, scales, tiles, opened,
     D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
-    R: gl.constexpr, NODES: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr,
-    NORM: gl.constexpr,
+    R: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
-    X_SLOTS: gl.constexpr = x[3]
     gdc_wait()
     counts = (0, 0)
     if FIRST <= O_PROJ and LAST >= O_PROJ:
-        K: gl.constexpr = 2 * H * HALF
         counts = _residual_phase(
-            x_ptr, squares_ptr, M, w, x, counts, opened,
-            D, K, R, K // COLUMNS <= X_SLOTS, O_PROJ, LAST,
-        )  # fmt: skip
+            x_ptr, squares_ptr, M, w, x, counts, opened, D, 2 * H * HALF, R, O_PROJ, LAST
+        )
     if FIRST <= GATE_UP and LAST >= GATE_UP:
         counts = _gated_phase(
             gated_ptr, norm_ptr, squares_ptr, M, eps, w, x, counts, scales, tiles, opened,
-            D, F, R, NODES, NORM, LAST,
+            D, F, R, NORM, LAST,
         )  # fmt: skip
     if FIRST <= DOWN and LAST >= DOWN:
-        counts = _residual_phase(
-            x_ptr, squares_ptr, M, w, x, counts, opened,
-            D, F, R, F // COLUMNS <= X_SLOTS, DOWN, LAST,
-        )  # fmt: skip
+        counts = _residual_phase(x_ptr, squares_ptr, M, w, x, counts, opened, D, F, R, DOWN, LAST)
     if LAST >= QKV:
         _rotary_phase(
             q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, M, first_row, T, S,
             next_norm_ptr, squares_ptr, next_eps, w, x, counts, scales, opened,
-            D, H, G, HALF, R, NODES, NORM,
+            D, H, G, HALF, R, NORM,
         )  # fmt: skip
 
 
@@ -340,8 +329,8 @@ def _weight_stream_kernel(
     q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr,
     M, first_row, T, S, eps, next_eps,
     D: gl.constexpr, F: gl.constexpr, H: gl.constexpr, G: gl.constexpr, HALF: gl.constexpr,
-    R: gl.constexpr, NODES: gl.constexpr, FIRST: gl.constexpr,
-    LAST: gl.constexpr, SLOTS: gl.constexpr, X_SLOTS: gl.constexpr, NORM: gl.constexpr,
+    R: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, SLOTS: gl.constexpr,
+    X_SLOTS: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -374,21 +363,21 @@ def _weight_stream_kernel(
                     q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr,
                     M, first_row, T, S, eps, next_eps,
                     (ring, full, empty, SLOTS), (x_ring, x_full, x_empty, X_SLOTS), scales,
-                    tiles, opened, D, F, H, G, HALF, R, NODES, FIRST, LAST, NORM,
+                    tiles, opened, D, F, H, G, HALF, R, FIRST, LAST, NORM,
                 ),
             ),
             (
                 inputs_part,
                 (
-                    attended_ptr, in_ptr, gated_ptr, counter_ptr, M, x_ring, x_full, x_empty,
-                    opened, D, F, H, G, HALF, R, X_SLOTS, FIRST, LAST,
+                    attended_ptr, in_ptr, gated_ptr, counter_ptr, M,
+                    (x_ring, x_full, x_empty, X_SLOTS), opened, D, F, H, G, HALF, R, FIRST, LAST,
                 ),
             ),
             (
                 weights_part,
                 (
-                    o, gate_up, down, qkv, ring, full, empty, tiles, counter_ptr, opened,
-                    D, F, H, G, HALF, FIRST, LAST, SLOTS,
+                    o, gate_up, down, qkv, (ring, full, empty, SLOTS), tiles, counter_ptr, opened,
+                    D, F, H, G, HALF, FIRST, LAST,
                 ),
             ),
         ],
@@ -474,8 +463,7 @@ def stream_layer(
             buffers.q[first:], rotary.keys, rotary.values, rotary.cos, rotary.sin,
             rotary.positions_M[first:], rotary.slots_M[first:],
             M, first, rotary.rows_per_sequence, S, eps, next_eps,
-            D, F, H, G, K // 2, R, max(triton.next_power_of_2(D // SQUARES), 32),
-            used[0], used[-1], *ring_slots(D, M), fused,
+            D, F, H, G, K // 2, R, used[0], used[-1], *ring_slots(D, M), fused,
             num_warps=8, maxnreg=REGISTERS, launch_pdl=pdl.get("launch_pdl", False),
         )  # fmt: skip
 
