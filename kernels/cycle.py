@@ -19,7 +19,6 @@ is its definition.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -149,9 +148,7 @@ def finish(
             tl.store(state_ptr + _DRAFT_LENGTH, read)
 
 
-def ending(
-    text: Text | None, end: str, experts: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+def ending(text: Text | None, end: str, experts: Tensor | None) -> tuple[tuple, tuple]:
     """What a kernel that ends a step takes: tensors and constants.
 
     `experts` int32 [layers, …] says first how many a layer's rows touch.

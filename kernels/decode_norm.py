@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from draftnorm.kernels.operands import sum_slabs, wait_and_trigger
-from draftnorm.kernels.rms_norm import INTERPRETED, finish_rstd
+from draftnorm.kernels.rms_norm import finish_rstd, has_pdl
 
 SQUARES = 16  # columns of a block
 _SQUARES: tl.constexpr = tl.constexpr(SQUARES)
@@ -36,7 +36,8 @@ def square_sums(y_WR):
 def load_squares(squares_ptr, rows, row_ok, K: tl.constexpr):
     """What the producer of these rows left: fp32 [R, K / 16], padded with zeros to a power of two.
 
-    `finish_rstd` of it rounds as that of the squares themselves."""
+    `finish_rstd` rounds alike, whether it has these or the squares themselves.
+    """
     BLOCKS: tl.constexpr = (K + _SQUARES - 1) // _SQUARES
     block = tl.arange(0, triton.next_power_of_2(BLOCKS))[None, :]
     mask = row_ok[:, None] & (block < BLOCKS)
@@ -78,9 +79,8 @@ class Norm:
 
 def pdl_options(device: torch.device) -> dict[str, bool]:
     """Launch options: programmatic dependent launch where the device has it (sm_90 and later)."""
-    if INTERPRETED or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+    pdl = has_pdl(device)
+    return {"PDL": pdl, "launch_pdl": pdl}
 
 
 def normalize(y_MK: Tensor, x_MK: Tensor, norm: Norm, *, rows: int, pdl: dict[str, bool]) -> None:

@@ -37,7 +37,7 @@ def gated_forward(both_M2F: Tensor) -> Tensor:
     M, F = both_M2F.shape[0], both_M2F.shape[1] // 2
     y_MF = both_M2F.new_empty(M, F)
     key = (both_M2F.get_device(), "gated", both_M2F.dtype, F, both_M2F.data_ptr() % 16)
-    grid = (M, triton.cdiv(F, BLOCK_F), 1)
+    grid = (M, -(-F // BLOCK_F), 1)  # triton.cdiv takes the host 1.5 µs
     launch(_gated_kernel, grid, (y_MF, both_M2F, F, BLOCK_F), key=key, warps=4)
     return y_MF
 

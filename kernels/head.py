@@ -115,20 +115,17 @@ def choose(
     best: tuple[Tensor, Tensor],
     *,
     rows: int,
-    vocabulary: int,
-    tile_rows: int,
     pdl: dict[str, bool],
     text: Text | None = None,
     end: str = "asked",
     experts: Tensor | None = None,
 ) -> None:
-    """Launch: the best token of each row from the best of each tile, int32 [M].
+    """Launch: the best token of each row, int32 [M], from value and id of each tile, [M, C].
 
     With a text it is the end of a step: one of ENDINGS, a cycle with the `experts` it touched.
     """
-    C = triton.cdiv(vocabulary, tile_rows)
     tensors, constants = ending(text, end, experts)
-    _choose_kernel[(rows,)](chosen_M, *best, *tensors, C, *constants, **pdl)
+    _choose_kernel[(rows,)](chosen_M, *best, *tensors, best[0].shape[1], *constants, **pdl)
 
 
 def choose_reference(logits_MV: Tensor) -> Tensor:

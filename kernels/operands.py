@@ -102,7 +102,7 @@ def _fetch(
 def operand(x, WORDS: tl.constexpr = False):
     """What `fetch` brought as [L, lines, 32 C], its columns permuted within each 32.
 
-    The permutation is another one where columns were loaded as words of two.
+    The permutation is another one where WORDS, pairs of columns, were loaded: [8, L, C, …, 16, 2].
     """
     x = tl.reshape(x, *x.shape[:4], 4, 2, 2, 2)
     if WORDS:

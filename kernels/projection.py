@@ -108,17 +108,19 @@ def _outputs(lane, tile, N: tl.constexpr, PAIRS: tl.constexpr, W: tl.constexpr):
     """Which outputs a tile's weight rows `lane` are, and whether there are such.
 
     Paired tiles hold two outputs that lie PAIRS apart (gate and up, the halves of a head) in their
-    first and second half.
+    first and second half: of which group, and from which pair on, comes third and fourth.
     """
+    group, first_pair = tile, 0
     if PAIRS == 0:
         n = tile * W + lane
         ok = n < N
     else:
         TILES_PER_GROUP: tl.constexpr = (PAIRS + W // 2 - 1) // (W // 2)
-        pair = tile % TILES_PER_GROUP * (W // 2) + lane % (W // 2)
-        n = tile // TILES_PER_GROUP * (2 * PAIRS) + lane // (W // 2) * PAIRS + pair
+        group, first_pair = tile // TILES_PER_GROUP, tile % TILES_PER_GROUP * (W // 2)
+        pair = first_pair + lane % (W // 2)
+        n = group * (2 * PAIRS) + lane // (W // 2) * PAIRS + pair
         ok = pair < PAIRS
-    return n, ok
+    return n, ok, group, first_pair
 
 
 @triton.jit
@@ -136,15 +138,6 @@ def _columns(BLOCK: tl.constexpr, L: tl.constexpr):
 def _lines(index, L: tl.constexpr):
     """A number for each line of a block of the loop: [lines, 1] or [1, lines, 1]."""
     return index[:, None] if L == 1 else index[None, :, None]
-
-
-@triton.jit
-def _add_product(acc, w, x, L: tl.constexpr):
-    """acc + w xᵀ, slab by slab."""
-    if L == 1:
-        return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-    else:
-        return tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["M", "T", "S", "capacity", "eps"])
@@ -170,11 +163,7 @@ def _projection_kernel(
     row_ok = rows < M
     part = tl.program_id(1)  # place in the list of experts
 
-    n_W, n_ok = _outputs(tl.arange(0, W), tile, N, PAIRS, W)
-    if PAIRS > 0:
-        TILES_PER_GROUP: tl.constexpr = (PAIRS + W // 2 - 1) // (W // 2)
-        group = tile // TILES_PER_GROUP
-        first_pair = tile % TILES_PER_GROUP * (W // 2)
+    n_W, n_ok, group, first_pair = _outputs(tl.arange(0, W), tile, N, PAIRS, W)
 
     if expert_ptr is not None:
         wait_and_trigger(PDL)
@@ -200,7 +189,7 @@ def _projection_kernel(
         )
     EARLY: tl.constexpr = FIRST + SECOND
     if EARLY > 0:
-        n_E, ok_E = _outputs(eights(W), tile, N, PAIRS, W)
+        n_E, ok_E, _, _ = _outputs(eights(W), tile, N, PAIRS, W)
         line_E = n_E.to(tl.int64) * K
         w0, w1 = fetch(weight_ptr, line_E, ok_E, FIRST, SECOND, L, K, "evict_first")
         if norm_weight_ptr is not None:
@@ -238,6 +227,7 @@ def _projection_kernel(
     if bias_ptr is not None:
         bias_W = tl.load(bias_ptr + n_W, mask=n_ok, other=0.0).to(tl.float32)
 
+    acc = tl.zeros([W, R] if L == 1 else [L, W, R], tl.float32)
     if EARLY > 0:
         row_E = first_row + eights(R)
         line_E = row_E.to(tl.int64) * K
@@ -250,14 +240,9 @@ def _projection_kernel(
             rstd_R = finish_rstd(squares, eps, K)
             rstd = tl.trans(tl.reshape(rstd_R, [R // 8, 8]))[:, None, None, :, None]
             x0, x1 = normed(x0, rstd, scale0), normed(x1, rstd, scale1)
-        acc = tl.zeros([L, W, R], tl.float32)
-        acc = _add_product(acc, operand(w0), operand(x0), L)
+        acc = tl.dot(operand(w0), tl.trans(operand(x0)), acc, input_precision="ieee")
         if SECOND > 0:
-            acc = _add_product(acc, operand(w1), operand(x1), L)
-    elif L == 1:
-        acc = tl.zeros([W, R], tl.float32)
-    else:
-        acc = tl.zeros([L, W, R], tl.float32)
+            acc = tl.dot(operand(w1), tl.trans(operand(x1)), acc, input_precision="ieee")
     if EARLY < K:
         k = _columns(BLOCK_K, L)
         line_W, ok_W = _lines(n_W, L).to(tl.int64) * K, _lines(n_ok, L)
@@ -269,7 +254,7 @@ def _projection_kernel(
             w_ptrs, x_ptrs = weight_ptr + line_W + (k0 + k), x_ptr + line_R + (k0 + k)
             w = tl.load(w_ptrs, mask=w_ok, other=0.0, eviction_policy="evict_first")
             x = tl.load(x_ptrs, mask=in_x, other=0.0)
-            acc = _add_product(acc, w, x, L)
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     if L > 1:
         acc = sum_slabs(acc)
 
@@ -468,10 +453,9 @@ def project(
         if rotary.q_norm is not None or tile > 2 * pairs:
             tile = max(triton.next_power_of_2(2 * pairs), 16)
     tiles = groups * triton.cdiv(pairs, tile // 2) if pairs else triton.cdiv(N, tile)
-    combine = experts is not None and experts.own_input
+    summed = workspace if experts and experts.own_input else None  # over a row's experts
     R = 8 if rows <= 8 and tiling.slabs > 1 else 16
     grid = (tiles * triton.cdiv(rows, R), experts.most if experts else 1)
-    best_value, best_id = best or (None, None)
     places = rotary or draw
     eps = norm.eps if norm else rotary.eps if rotary else 0.0
     _projection_kernel[grid](
@@ -482,10 +466,10 @@ def project(
         rotary and rotary.sin, places and places.positions_M, rotary and rotary.slots_M,
         rotary and rotary.keys, rotary and rotary.values,
         places.rows_per_sequence if places else 1, rotary.keys.shape[2] if rotary else 1,
-        best_value, best_id, draw and draw.settings_BW,
+        *(best or (None, None)), draw and draw.settings_BW,
         experts and experts.chosen, experts and experts.routing_EM,
         experts.routing_EM.shape[1] if experts else 1,
-        workspace.partials if combine else None, workspace.tickets if combine else None,
+        summed and summed.partials, summed and summed.tickets,
         N, K, epilogue, pairs, heads, kv_heads,
         R, tile, *tiling.early, tiling.block_k, tiling.slabs, tiling.stages, tiling.prefetch,
         num_warps=tiling.warps, **pdl,

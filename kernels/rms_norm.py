@@ -208,7 +208,7 @@ def launch_shape(D: int, many_rows: bool, row_mode: str | None) -> tuple[int, in
 
 
 @cache
-def has_pdl(device: int) -> bool:
+def has_pdl(device: int | torch.device) -> bool:
     """Whether programmatic dependent launch works: sm_90 and later, not in the interpreter."""
     return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
@@ -279,10 +279,9 @@ def rms_norm_forward(
     `inference_mode` leaves rstd empty. Raises ValueError for what the kernels cannot run.
 
     `row_mode` "row" runs one row a program, "block" several, with equal bits. None takes blocks of
-    about 2,048 elements from 2,048 rows on while D <= 1,024: measured on an H200 at 65,536 rows,
-    one row a program is bound by the rate at which programs start (41 µs) up to D = 576, and the
-    two meet near 2,048 rows (2.8 µs against the block's 1.6 at D = 128, 4.0 against 3.4 at 1,024).
-    A row alone wants one warp up to D = 768 and 8 columns a thread above; many rows want 16.
+    about 2,048 elements from 2,048 rows on while D <= 1,024, as one row a program is then bound by
+    the rate at which programs start (measured on an H200, NOTES.md). A row alone wants one warp up
+    to D = 768 and 8 columns a thread above; many rows want 16.
     """
     check_rows(x, weight, casting_mode, row_mode)
     y, rstd_M = _forward(x, weight, eps, offset, casting_mode, row_mode, not inference_mode)

@@ -110,7 +110,7 @@ def rotate_into_cache_forward(
     constants = (N - 2 * G, G, K, HEADS)
     alignments = (x.data_ptr() % 16 for x in tensors)
     key = (qkv_MNK.get_device(), "rotate", qkv_MNK.dtype, *constants, *alignments)
-    args, grid = (*tensors, b, start, S, *constants), (M, triton.cdiv(N, HEADS), 1)
+    args, grid = (*tensors, b, start, S, *constants), (M, -(-N // HEADS), 1)
     launch(_rotate_into_cache_kernel, grid, args, key=key, warps=4)
     return qkv_MNK[:, : N - 2 * G]
 

@@ -105,6 +105,11 @@ def _flip(bits):
 
 
 @triton.jit
+def _key(x):
+    return _flip(x.to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def _float(key):
     return _flip(key).to(tl.float32, bitcast=True)
 
@@ -203,13 +208,13 @@ def _decide_kernel(
         whole = tl.sum(tl.where(mass_C > 0.0, mass_C * tl.exp(largest_C - largest), 0.0), axis=0)
         score = tl.load(scores_ptr + token)
         # At least top_k scores reach _float(low), fewer reach _float(high).
-        low = _flip(score.to(tl.int32, bitcast=True))
-        high = _flip(largest.to(tl.int32, bitcast=True)) + 1
+        low = _key(score)
+        high = _key(largest) + 1
         if top_k > 0:
-            low = _flip(tl.cast(-_INF, tl.float32).to(tl.int32, bitcast=True))
+            low = _key(tl.cast(-_INF, tl.float32))
             if top_k <= C:
                 least = tl.min(tl.where(tile < C, largest_C, _INF), axis=0)
-                low, above = _flip(least.to(tl.int32, bitcast=True)), high
+                low, above = _key(least), high
                 reached = tl.cast(C, tl.int64)
                 while (low + 1 < above) & (reached != top_k):
                     counts = tl.sum(_reach(largest_C, low, above), axis=0)

@@ -328,8 +328,7 @@ class DecodeStep:
         if self.sampling:
             sample(choices, self.logits, draw, workspace=self.sampling, **ending)
         else:
-            tile_rows = self.tilings["head"].rows
-            choose(choices, self.best, vocabulary=self.vocabulary, tile_rows=tile_rows, **ending)
+            choose(choices, self.best, **ending)
 
     def _launch_layers(self, rows: int, T: int, tier: int) -> None:
         for index, layer in enumerate(self.model.model.layers):

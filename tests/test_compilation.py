@@ -16,7 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from draftnorm.kernels import decode_norm
+from draftnorm.kernels import rms_norm
 from draftnorm.kernels.compilation import OutOfResources, compile_kernels
 from draftnorm.kernels.cycle import ENDINGS, Text
 from draftnorm.kernels.decode_attention import count_splits
@@ -26,7 +26,7 @@ from draftnorm.model.cache import KVCache
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.transformer import Transformer
 
-pytestmark = pytest.mark.skipif(decode_norm.INTERPRETED, reason="compiles for a GPU")
+pytestmark = pytest.mark.skipif(rms_norm.INTERPRETED, reason="compiles for a GPU")
 QWEN3 = dict(
     architecture="qwen3", vocab_size=2048, hidden_size=1024, intermediate_size=3072, num_layers=1,
     num_heads=16, num_kv_heads=8, head_size=128, qk_norm=True,

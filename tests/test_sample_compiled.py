@@ -7,10 +7,10 @@ import torch
 from test_decode_compiled import LARGE, SMALL, Launch, Recorder, make_step
 from test_decode_compiled import launches as step_launches  # noqa: F401 - a fixture
 
-from draftnorm.kernels import decode_norm, sample
+from draftnorm.kernels import rms_norm, sample
 from draftnorm.kernels.cycle import ENDINGS, Text
 
-pytestmark = pytest.mark.skipif(decode_norm.INTERPRETED, reason="compiles for a GPU")
+pytestmark = pytest.mark.skipif(rms_norm.INTERPRETED, reason="compiles for a GPU")
 VOCABULARY = 128256
 
 

@@ -148,7 +148,7 @@ def test_the_head_draws_what_is_drawn_from_its_logits(V: int, K: int) -> None:
         project(out, x_MK[first : first + rows].clone(), weight_VK, rows=rows, epilogue="argmax",
                 workspace=workspace, tiling=tiling, pdl=pdl, best=best,
                 draw=make_draw(positions_M[first : first + rows], settings, "cuda"))  # fmt: skip
-        choose(chosen, best, rows=rows, vocabulary=V, tile_rows=tiling.rows, pdl=pdl)
+        choose(chosen, best, rows=rows, pdl=pdl)
         return chosen.cpu(), best[0]
 
     logits_MV = torch.empty(M, V, device=device)

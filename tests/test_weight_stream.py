@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from draftnorm.kernels import stream_copies, stream_layouts, weight_stream
-from draftnorm.kernels.decode_norm import INTERPRETED
 from draftnorm.kernels.projection import Rotary
+from draftnorm.kernels.rms_norm import INTERPRETED
 from draftnorm.kernels.weight_stream import (
     COUNTERS,
     SHARED_MEMORY,
@@ -122,8 +122,8 @@ class Copies:
         self.places: list[tuple[str, list[int]]] = []
         self.tiles: list[int] = []
         self.tickets = self.program = 0
-        parts = "_under_way", "_stream_tile", "_stream_tickets", "_stream_weights", "weights_part"
-        for name in parts:
+        parts = "_under_way _stream_tile _stream_tickets _stream_weights weights_part"
+        for name in f"empty_slot full_slot {parts}".split():
             monkeypatch.setattr(stream_copies, name, getattr(stream_copies, name).fn)
         nothing = SimpleNamespace(wait=lambda *_: None, expect=lambda *_: None,
                                   arrive=lambda *_, **__: None)  # fmt: skip
@@ -181,8 +181,7 @@ def test_every_weight_is_copied_once_and_in_the_order_of_its_use(programs, monke
     for copies.program in [*range(programs)] * 2:  # a second launch draws on from the same counter
         copies.places.clear()
         stream_copies.weights_part(
-            *tensors, copies, copies, copies, copies, copies, copies, **SIZES, FIRST=0, LAST=3,
-            SLOTS=9,
+            *tensors, (copies, copies, copies, 9), copies, copies, copies, **SIZES, FIRST=0, LAST=3,
         )  # fmt: skip
         order = [list(shapes).index(name) for name, _ in copies.places]
         assert order == sorted(order)

@@ -20,7 +20,7 @@ from test_decode_compiled import KERNELS, MEDIUM, Launch, Recorder, usage
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from draftnorm.kernels import decode_norm, weight_stream
+from draftnorm.kernels import rms_norm, weight_stream
 from draftnorm.kernels.stream_copies import FINISHED
 from draftnorm.kernels.weight_stream import REGISTERS, SHARED_MEMORY
 from draftnorm.model import decode_step, streamed_layers
@@ -30,7 +30,7 @@ from draftnorm.model.decode_step import NORMS
 from draftnorm.model.streamed_layers import can_stream
 from draftnorm.model.transformer import Transformer
 
-pytestmark = pytest.mark.skipif(decode_norm.INTERPRETED, reason="compiles for a GPU")
+pytestmark = pytest.mark.skipif(rms_norm.INTERPRETED, reason="compiles for a GPU")
 
 CONFIGS = {
     "1B": MEDIUM | dict(num_layers=2),

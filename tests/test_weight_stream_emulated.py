@@ -20,7 +20,7 @@ from stream_support import (
     make_weights,
 )
 
-from draftnorm.kernels.decode_norm import INTERPRETED
+from draftnorm.kernels.rms_norm import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="emulates by itself")
 LONG, WIDE, HALF = (replace(shape, device="cpu") for shape in SHAPES.values())

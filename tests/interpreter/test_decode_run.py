@@ -131,8 +131,7 @@ def test_a_verify_commits_what_it_chose(drafts: list[int], accepted: int, found:
     best = torch.tensor([[0.0, -1.0]] * 4 + [[torch.nan, 0.0]])
     ids = torch.tensor([[choice, 20] for choice in choices], dtype=torch.int32)
     chosen = torch.zeros(5, dtype=torch.int32)
-    choose(chosen, (best, ids), rows=5, vocabulary=32, tile_rows=16, pdl=NO_PDL, text=text,
-           end="cycle")  # fmt: skip
+    choose(chosen, (best, ids), rows=5, pdl=NO_PDL, text=text, end="cycle")
     block = choices[: accepted + 1]
     line = text.blocks[0].tolist()
     assert line[: accepted + 2] == [*block, cycle.NONE]

@@ -206,14 +206,14 @@ def test_one_logit_that_is_no_number_leaves_no_token(tiling: str, broken: str) -
     )  # fmt: skip
     assert (~logits.isfinite()).nonzero().tolist() == [[row, 37] for row in rows]
     chosen = torch.full((M,), -1, dtype=torch.int32)
-    choose(chosen, best, rows=M, vocabulary=N, tile_rows=TILINGS[tiling].rows, pdl=NO_PDL)
+    choose(chosen, best, rows=M, pdl=NO_PDL)
     whole = logits.isfinite().all(1)
     assert (chosen[~whole] == NO_TOKEN).all()
     assert torch.equal(chosen[whole].long(), choose_reference(logits[whole]))
 
 
 def test_embed_and_choose() -> None:
-    B, T, D, V, C = 2, 3, 36, 50, 4
+    B, T, D, V = 2, 3, 36, 50
     table, lengths = random(V, D), torch.tensor([7, 0], dtype=torch.int32)
     tokens = torch.tensor([3, 49, 0, 3, 3, 17], dtype=torch.int32)
     x, squares = torch.empty(B * T, D), torch.empty(B * T, 3)
@@ -227,5 +227,5 @@ def test_embed_and_choose() -> None:
     value = torch.tensor([[1.0, 4.0, 4.0, 2.0], [-5.0, -7.0, -5.0, -9.0]])
     ids = torch.tensor([[3, 30, 18, 40], [9, 16, 31, 45]], dtype=torch.int32)
     chosen = torch.zeros(2, dtype=torch.int32)
-    choose(chosen, (value, ids), rows=2, vocabulary=C * 16, tile_rows=16, pdl=NO_PDL)
+    choose(chosen, (value, ids), rows=2, pdl=NO_PDL)
     assert chosen.tolist() == [18, 9]  # of equals the lowest id

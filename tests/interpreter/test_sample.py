@@ -213,7 +213,7 @@ def test_the_head_draws_what_is_drawn_from_its_logits(
     for out in (logits, None):
         project(out, x, weight, rows=rows, epilogue="argmax", workspace=workspace(1, rows, V),
                 tiling=tiling, pdl=NO_PDL, best=best, draw=one)  # fmt: skip
-        choose(chosen, best, rows=rows, vocabulary=V, tile_rows=32, pdl=NO_PDL)
+        choose(chosen, best, rows=rows, pdl=NO_PDL)
         stored = SampleWorkspace.allocate(rows, V, "cpu", tile=32)
         assert chosen.tolist() == draw(logits, positions, settings, workspace=stored)
         assert all(map(torch.equal, best, stored.best))
