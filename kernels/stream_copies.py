@@ -1,8 +1,10 @@
 """What brings weights and rows into the shared memory of kernels/weight_stream.py.
 
-Legend there. A ring is a tuple: slots, two barriers for each in shared memory, `full`, which copies
-complete, and `empty`, on which its reader arrives, and SLOTS, how many there are. `count` numbers
-the uses of the slots; a use waits for the round of its slot that count // SLOTS says.
+Legend there. A ring is a tuple: slots, which are used in turns, barriers in shared memory, and
+SLOTS, how many there are of each. `count` numbers uses of the slots. A product takes two at a time,
+so pairs of uses have barriers: `full`, which the copies of both complete, and `empty`, on which
+their reader arrives. Those go round by themselves, as a pair may lie across the end of an odd
+number of slots: pair p has the barriers p % SLOTS, and waits for their round p // SLOTS.
 """
 
 from triton.experimental import gluon
@@ -15,6 +17,7 @@ from draftnorm.kernels.stream_layouts import inputs_layout
 L = gl.constexpr(8)
 SLAB = gl.constexpr(64)
 COLUMNS = gl.constexpr(8 * 64)
+EARLY = gl.constexpr(9)  # slots of a phase that are asked for one pair at a time
 O_PROJ, GATE_UP, DOWN, QKV = (gl.constexpr(phase) for phase in range(4))
 TICKETS = gl.constexpr(0)  # the first counter; then, for each phase but the first, who may begin it
 FINISHED = gl.constexpr(4)  # the barrier behind those that open phases
@@ -24,58 +27,60 @@ thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 @gluon.jit
 def empty_slot(ring, count):
-    """Where the copies of a use go, once the slot's last reader has let it go."""
+    """Where the copy of a use goes, once the pair that had the slot before has let it go."""
     _, _, empty, SLOTS = ring
-    slot = count % SLOTS
-    mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
-    return slot
+    if count >= SLOTS:
+        pair = (count - SLOTS) // 2
+        mbarrier.wait(empty.index(pair % SLOTS), pair // SLOTS & 1)
+    return count % SLOTS
 
 
 @gluon.jit
-def full_slot(ring, count):
-    """Where a use finds what was copied for it, once it is there."""
+def full_pair(ring, count):
+    """Wait until the copies of the pair that use `count` belongs to are there."""
     _, full, _, SLOTS = ring
-    slot = count % SLOTS
-    mbarrier.wait(full.index(slot), count // SLOTS & 1)
-    return slot
+    pair = count // 2
+    mbarrier.wait(full.index(pair % SLOTS), pair // SLOTS & 1)
+
+
+@gluon.jit
+def of_pair(these, count, SLOTS: gl.constexpr):
+    """That one of SLOTS barriers, or numbers, which the pair of use `count` has."""
+    return these.index(count // 2 % SLOTS)
 
 
 @gluon.jit
 def let_go(ring, count):
-    """The slot of this use may be filled anew."""
+    """The slots of this use's pair may be filled anew."""
     _, _, empty, SLOTS = ring
-    mbarrier.arrive(empty.index(count % SLOTS), count=1)
-
-
-@gluon.jit
-def _under_way(slot):
-    """How many slots of weights may be under way once this one of a phase is asked for.
-
-    More than three would only queue, and others behind them. The first ones of a phase come while
-    attention runs or programs agree on the phase before, whose small reads are what all wait for.
-    """
-    most = 3
-    if slot < 9:
-        most = 2
-    if slot < 2:
-        most = 1
-    return most
+    mbarrier.arrive(of_pair(empty, count, SLOTS), count=1)
 
 
 @gluon.jit
 def _stream_tile(weight, ring, count, begin, tile, PAIRS: gl.constexpr, K: gl.constexpr):
-    """Copies of one tile, left to right, of a phase that began with use `begin` of the ring."""
-    slots, full, _, _ = ring
+    """Copies of one tile, left to right, of a phase that began with use `begin` of the ring.
+
+    Two pairs at most are under way: more would only queue, and others behind them. Of the first
+    ones of a phase it is one, as they come while attention runs or programs agree on the phase
+    before, whose small reads are what all wait for.
+    """
+    slots, full, _, SLOTS = ring
     line = tile // (PAIRS // 8) * (2 * PAIRS) + tile % (PAIRS // 8) * 8
-    for step in range(K // COLUMNS):
-        slot = empty_slot(ring, count)
-        landed = count - _under_way(count - begin)
+    for step in range(0, K // COLUMNS, 2):
+        first = empty_slot(ring, count)
+        landed = count - 4
+        if count - begin < EARLY:
+            landed = count - 2
         if landed >= 0:
-            full_slot(ring, landed)
-        mbarrier.expect(full.index(slot), weight.block_type.nbytes)
+            full_pair(ring, landed)
+        barrier = of_pair(full, count, SLOTS)
+        mbarrier.expect(barrier, 2 * weight.block_type.nbytes)
         place = [step * L, 0, line, 0]
-        tma.async_copy_global_to_shared(weight, place, full.index(slot), slots.index(slot))
-        count += 1
+        tma.async_copy_global_to_shared(weight, place, barrier, slots.index(first))
+        second = empty_slot(ring, count + 1)
+        place = [step * L + L, 0, line, 0]
+        tma.async_copy_global_to_shared(weight, place, barrier, slots.index(second))
+        count += 2
     return count
 
 
@@ -100,16 +105,16 @@ def _stream_tickets(
             mbarrier.wait(opened.index(FIRST), 0)  # the kernel before this one draws no more
             ticket = gl.atomic_add(counter_ptr + TICKETS, 1, sem="relaxed") % draws
             next_tile = dealt + ticket.to(gl.int32)
-        slot = empty_slot(ring, count)
-        tiles.index(slot).store(gl.full([1], tile, gl.int32, one))
+        empty_slot(ring, count)
+        of_pair(tiles, count, ring[3]).store(gl.full([1], tile, gl.int32, one))
         thread_barrier()  # all lanes have stored it, and one of them arrives
         count = _stream_tile(weight, ring, count, begin, tile, PAIRS, K)
         tile = next_tile
-    slot = empty_slot(ring, count)
-    tiles.index(slot).store(gl.full([1], TILES, gl.int32, one))
+    empty_slot(ring, count)
+    of_pair(tiles, count, ring[3]).store(gl.full([1], TILES, gl.int32, one))
     thread_barrier()
-    mbarrier.arrive(ring[1].index(slot), count=1)
-    return count + 1
+    mbarrier.arrive(of_pair(ring[1], count, ring[3]), count=1)
+    return count + 2
 
 
 @gluon.jit
@@ -183,13 +188,14 @@ def _fetch_inputs(x_ptr, M, ring, count, TILES: gl.constexpr, K: gl.constexpr, R
     if K // COLUMNS > SLOTS:
         turns = gl.cdiv(TILES - gl.program_id(0), gl.num_programs(0))
     for _ in range(turns):
-        for step in range(K // COLUMNS):
-            slot = empty_slot(ring, count)
-            async_copy.async_copy_global_to_shared(
-                slots.index(slot), pointers + step * COLUMNS, mask=mask
-            )
-            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-            count += 1
+        for step in range(0, K // COLUMNS, 2):
+            first = empty_slot(ring, count)  # and the next slot, as this ring's number is even
+            for i in gl.static_range(2):
+                async_copy.async_copy_global_to_shared(
+                    slots.index(first + i), pointers + (step + i) * COLUMNS, mask=mask
+                )
+                async_copy.mbarrier_arrive(of_pair(full, count, SLOTS), increment_count=False)
+            count += 2
     return count
 
 

@@ -21,7 +21,8 @@ A slot of the weights is 16 rows by 512 columns, a slab of 64 for each warp; the
 neighbours and eight that lie PAIRS further on, so that gate meets up, and one half of a head the
 other, in one thread. K is summed slab by slab, the even slots and the odd ones apart, then over the
 slabs, neighbours first: an order made of K alone. Rows of x are columns of the instruction, so no
-row knows of another, and which program makes which outputs is nothing to them.
+row knows of another, and which program makes which outputs is nothing to them. Slots are taken two
+at a time, as all threads of the products meet before each wait and arrival.
 
 Programs wait for each other, so all must be resident: there are as many as multiprocessors, each
 takes nearly all the shared memory of one, the kernel before lets this one start only when all of
@@ -53,10 +54,11 @@ from draftnorm.kernels.stream_copies import (
     QKV,
     SLAB,
     L,
-    full_slot,
+    full_pair,
     inputs_part,
     let_go,
     load_scales,
+    of_pair,
     thread_barrier,
     weights_part,
 )
@@ -105,15 +107,15 @@ def _rstd(squares_ptr, M, eps, D: gl.constexpr, R: gl.constexpr):
 
 @gluon.jit
 def _weights(ring, count):
-    """The next slot of weights, as the instruction wants them."""
-    return ring[0].index(full_slot(ring, count)).reshape([L, 16, SLAB]).load(_A)
+    """A slot of weights, as the instruction wants them."""
+    return ring[0].index(count % ring[3]).reshape([L, 16, SLAB]).load(_A)
 
 
 @gluon.jit
 def _rows(ring, count, step, rstd, scales):
     """512 columns of x, as the instruction wants them, normalised if there are `scales`."""
-    slots = ring[0]
-    x = slots.index(full_slot(ring, count + step)).permute([0, 2, 1]).load(_B)
+    slots, _, _, SLOTS = ring
+    x = slots.index((count + step) % SLOTS).permute([0, 2, 1]).load(_B)
     if scales is not None:
         scale = scales.index(step).load(gl.SliceLayout(2, _B))[:, :, None].to(gl.float32)
         x = (x.to(gl.float32) * rstd[None, None, :]).to(slots.dtype).to(gl.float32)
@@ -123,23 +125,26 @@ def _rows(ring, count, step, rstd, scales):
 
 @gluon.jit
 def _product(w, x, counts, rstd, scales, K: gl.constexpr, R: gl.constexpr, HELD: gl.constexpr):
-    """One tile of outputs, fp32 [16, R], from the rings w and x."""
+    """One tile of outputs, fp32 [16, R], from the rings w and x.
+
+    Two slots a turn: Triton has all threads meet before each wait and arrival.
+    """
     count, x_count = counts
     even = gl.zeros([L, 16, R], gl.float32, _MMA)
     odd = gl.zeros([L, 16, R], gl.float32, _MMA)
     for step in range(0, K // COLUMNS, 2):
+        full_pair(x, x_count + step)
         x0 = _rows(x, x_count, step, rstd, scales)
         x1 = _rows(x, x_count, step + 1, rstd, scales)
+        full_pair(w, count)
         w0 = _weights(w, count)
         w1 = _weights(w, count + 1)
         # Both slots are in registers before a copy may write there again: a barrier of warps waits
         # for no load that is under way.
         fence_async_shared()
         let_go(w, count)
-        let_go(w, count + 1)
         if not HELD:
             let_go(x, x_count + step)
-            let_go(x, x_count + step + 1)
         even = mma_v2(w0, x0, even)
         odd = mma_v2(w1, x1, odd)
         count += 2
@@ -154,8 +159,8 @@ def _product(w, x, counts, rstd, scales, K: gl.constexpr, R: gl.constexpr, HELD:
 def _let_rows_go(x, counts, K: gl.constexpr):
     """Held rows are needed no more, nor by a program that had no tile for them: but they came."""
     count, x_count = counts
-    for step in range(K // COLUMNS):
-        full_slot(x, x_count + step)
+    for step in range(0, K // COLUMNS, 2):
+        full_pair(x, x_count + step)
         let_go(x, x_count + step)
     return count, x_count + K // COLUMNS
 
@@ -208,9 +213,10 @@ def _halves(y, R: gl.constexpr):
 
 @gluon.jit
 def _next_tile(w, tiles, counts):
-    """Which tile the next slot begins."""
+    """Which tile the next pair of slots begins."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    return gl.max(tiles.index(full_slot(w, counts[0])).load(one), axis=0)
+    full_pair(w, counts[0])
+    return gl.max(of_pair(tiles, counts[0], w[3]).load(one), axis=0)
 
 
 @gluon.jit
@@ -246,7 +252,7 @@ def _gated_phase(
         gl.store(out_ptr + row * F + tile * 8 + lane, y.to(out_ptr.dtype.element_ty), mask=row < M)
         tile = _next_tile(w, tiles, counts)
     let_go(w, counts[0])
-    counts = (counts[0] + 1, counts[1])
+    counts = (counts[0] + 2, counts[1])
     _finish_phase(opened, GATE_UP, LAST)
     return _let_rows_go(x, counts, D)
 
@@ -348,7 +354,7 @@ def _weight_stream_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(X_SLOTS):
-        mbarrier.init(x_full.index(i), count=32 * INPUT_WARPS)
+        mbarrier.init(x_full.index(i), count=2 * 32 * INPUT_WARPS)
         mbarrier.init(x_empty.index(i), count=1)
     for i in gl.static_range(FINISHED + 1):
         mbarrier.init(opened.index(i), count=1)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from draftnorm.model.decode_step import DecodeStep
 
 LEAST_WIDTH = 2048  # narrower layers are faster with a kernel a product (NOTES.md)
-LEAST_SLOTS = 4  # three under way and one in use
+LEAST_SLOTS = 4  # a pair under way and one in use
 
 
 def can_stream(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:

