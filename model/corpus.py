@@ -59,7 +59,7 @@ class TokenBlocks:
 
     @classmethod
     def open(cls, path: Path, size: int) -> "TokenBlocks":
-        tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        tokens = np.memmap(path, dtype=np.uint16, mode="r") if path.stat().st_size else ()
         if len(tokens) <= size:
             raise ValueError(f"{path} holds {len(tokens)} tokens, too few for one block of {size}")
         return cls(tokens, size)

@@ -159,7 +159,10 @@ def test_blocks_overlap_by_the_token_to_predict(tokenised):
     assert blocks[0].shape == (33,) and blocks[0][-1] == blocks[1][0]
 
 
-def test_too_small_files_are_refused(tokenised):
+def test_too_small_files_are_refused(tokenised, tmp_path):
+    (tmp_path / "none.bin").touch()  # of a split without a package
+    with pytest.raises(ValueError, match=r"none\.bin holds 0 tokens, too few for one block of 32"):
+        corpus.TokenBlocks.open(tmp_path / "none.bin", 32)
     with pytest.raises(ValueError, match="too few for one block"):
         corpus.TokenBlocks.open(tokenised / "train.bin", 10_000_000)
     with pytest.raises(ValueError, match="do not fill a batch"):
