@@ -158,6 +158,7 @@ def run_target(args: argparse.Namespace) -> int:
 def run_draft(args: argparse.Namespace) -> int:
     device, dtype = resolve_placement(args.device, dtype_of(args))
     target = load_model(args.target, device=device, dtype=dtype)
+    shape = draft_config(target.config, num_layers=args.layers, hidden_size=args.hidden_size)
     config = replace(DRAFT, block_size=min(DRAFT.block_size, target.config.context))
     text = TokenBlocks.open(args.corpus / "train.bin", config.block_size)
     file = args.corpus / "generated.bin"
@@ -165,7 +166,6 @@ def run_draft(args: argparse.Namespace) -> int:
         _generate(target, text, file, args.generate)
     generated = TokenBlocks.open(file, config.block_size)
     blocks = MixedBlocks((*[generated] * args.mix, text))
-    shape = draft_config(target.config, num_layers=args.layers, hidden_size=args.hidden_size)
     loss_of = distillation_loss(target, first_choice=args.first_choice)
     _save(*_train(shape, config, blocks, loss_of, args), args)
     return 0

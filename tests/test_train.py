@@ -13,6 +13,16 @@ def test_an_evaluation_is_shown_even_if_it_cannot_be_written(tmp_path, capsys, m
     assert json.loads(capsys.readouterr().out) == {"bits": 0.9}
 
 
+def test_a_draft_that_cannot_be_is_known_before_the_target_writes_for_it(
+    make_checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "_generate", None)
+    (tmp_path / "train.bin").write_bytes(bytes(20_000))
+    argv = ["train", "draft", "--target", str(make_checkpoint()), "--corpus", str(tmp_path)]
+    assert main([*argv, "--device", "cpu", "--hidden-size", "32"]) == 1
+    assert "hidden_size=32 is not a multiple of 64" in capsys.readouterr().err
+
+
 def test_the_tiny_preset_from_text_to_speculation(tmp_path, capsys):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
