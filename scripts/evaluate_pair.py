@@ -55,10 +55,21 @@ def choose_prompts(corpus: Path, count: int, *, context_lines: int) -> list[str]
             heads += function_heads(record["text"], context_lines=context_lines)
         except SyntaxError:
             continue
+    heads = [head for head in heads if len(head) < LONGEST_PROMPT]
     if len(heads) < count:
         raise ValueError(f"the prompt packages have {len(heads)} function heads, not {count}")
-    heads = [head for head in heads if len(head) < LONGEST_PROMPT]
     return [heads[i * len(heads) // count] for i in range(count)]
+
+
+def choose_files(corpus: Path) -> list[str]:
+    """FILES_OF_TEXT files of the validation packages, of all of them alike."""
+    files = [r["text"] for r in read_split(corpus, "validation") if 2_000 < len(r["text"]) < 8_000]
+    if len(files) < FILES_OF_TEXT:
+        raise ValueError(
+            f"the validation packages have {len(files)} files of 2,000 to 8,000 characters, "
+            f"not {FILES_OF_TEXT}"
+        )
+    return files[:: len(files) // FILES_OF_TEXT][:FILES_OF_TEXT]
 
 
 @torch.no_grad()
@@ -179,10 +190,9 @@ def evaluate_pair(
     target, draft = (load_model(f, device="cpu") for f in (target_folder, draft_folder))
     tokenizer = load_tokenizer(target_folder)
     prompts = choose_prompts(corpus, count, context_lines=24)
+    heads, texts = choose_prompts(corpus, 100, context_lines=0), choose_files(corpus)
     greedy, warm = SamplingConfig(), SamplingConfig(temperature=0.8, seed=1)
     pair = (target, draft, tokenizer, prompts)
-    files = [r["text"] for r in read_split(corpus, "validation") if 2_000 < len(r["text"]) < 8_000]
-    texts = files[:: len(files) // FILES_OF_TEXT][:FILES_OF_TEXT]  # of all packages alike
     bits = {"target": bits_per_byte(target, tokenizer, texts)}
     bits["draft"] = bits_per_byte(draft, tokenizer, texts)
     bits["5-gram, all validation text"] = ngram_bits_per_byte(corpus, tokenizer.vocab_size)
@@ -195,6 +205,6 @@ def evaluate_pair(
         "greedy": measure_cycles(*pair, greedy, "exact"),
         "temperature_0.8_rejection": measure_cycles(*pair, warm, "rejection"),
         "temperature_0.8_exact": measure_cycles(*pair, warm, "exact"),
-        "parsing": count_parsing(target, tokenizer, choose_prompts(corpus, 100, context_lines=0)),
+        "parsing": count_parsing(target, tokenizer, heads),
         "routing": evaluate(target, blocks, max_blocks=64)["routing"],
     }

@@ -98,6 +98,27 @@ def test_heads_end_after_signature_and_docstring():
     )
 
 
+def write_split(folder, split: str, *texts: str) -> None:
+    lines = (json.dumps({"package": "p", "path": "a.py", "text": text}) for text in texts)
+    (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_a_corpus_too_small_to_measure_on_is_refused(tmp_path) -> None:
+    long = SOURCE.replace("Two", "Two" * 1_000)  # both of its heads are past the longest prompt
+    write_split(tmp_path, "prompts", long)
+    with pytest.raises(ValueError, match="have 0 function heads, not 1"):
+        evaluate_pair.choose_prompts(tmp_path, 1, context_lines=0)
+    write_split(tmp_path, "validation", "x" * 3_000, "x" * 1_000)
+    with pytest.raises(ValueError, match="have 1 files of 2,000 to 8,000 characters, not 24"):
+        evaluate_pair.choose_files(tmp_path)
+
+
+def test_files_of_text_are_of_all_packages_alike(tmp_path) -> None:
+    write_split(tmp_path, "validation", *(str(i).zfill(3_000) for i in range(49)))
+    chosen = [int(text) for text in evaluate_pair.choose_files(tmp_path)]
+    assert chosen == list(range(0, 48, 2))
+
+
 @pytest.mark.parametrize(
     ("completion", "function", "ended"),
     [
