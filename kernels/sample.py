@@ -8,8 +8,9 @@ the argmax draws from softmax(logits / temperature), and a draw depends on where
 who makes it. Ties go to the lowest id.
 
 At pure temperature the head's product adds the noise in its epilogue (kernels/projection.py), and
-what follows is `head.choose`. With top-k, top-p or min-p logits are stored. `_race` scores them in
-tiles, many programs a row, and `_decide`, one program a row, takes the winner, without a sort:
+what follows is `head.choose`. With top-k, top-p or min-p logits are stored. `_race_kernel` scores
+them in tiles, many programs a row, and `_decide_kernel`, one program a row, takes the winner,
+without a sort:
 
 - top-k: the k-th largest of the tiles' maxima bounds the k-th largest score from below. In the
   tiles that reach it, only k but for ties, the threshold is found by quartering the bits of a
@@ -36,7 +37,7 @@ from draftnorm.kernels.cycle import Text, ending, finish
 from draftnorm.kernels.head import NO_TOKEN, best_of, best_token
 from draftnorm.kernels.operands import wait_and_trigger
 
-WARPS, GROUP = 16, 32  # warps of _decide, tiles of a block of its passes
+WARPS, GROUP = 16, 32  # warps of _decide_kernel, tiles of a block of its passes
 TILE = 128  # tokens of a tile
 WORDS = 7  # temperature, top-p, min-p (bits of fp64), top-k, seed, stream, request id
 _WORDS: tl.constexpr = tl.constexpr(WORDS)

@@ -17,7 +17,7 @@ from draftnorm.kernels.stream_layouts import inputs_layout
 L = gl.constexpr(8)
 SLAB = gl.constexpr(64)
 COLUMNS = gl.constexpr(8 * 64)
-EARLY = gl.constexpr(9)  # slots of a phase that are asked for one pair at a time
+EARLY = gl.constexpr(9)  # pairs that begin in so many slots of a phase come one at a time
 O_PROJ, GATE_UP, DOWN, QKV = (gl.constexpr(phase) for phase in range(4))
 TICKETS = gl.constexpr(0)  # the first counter; then, for each phase but the first, who may begin it
 FINISHED = gl.constexpr(4)  # the barrier behind those that open phases
