@@ -26,12 +26,22 @@ thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @gluon.jit
+def of_pair(these, count, SLOTS: gl.constexpr):
+    """That one of SLOTS barriers, or numbers, which the pair of use `count` has."""
+    return these.index(count // 2 % SLOTS)
+
+
+@gluon.jit
+def _wait_for_pair(barriers, count, SLOTS: gl.constexpr):
+    mbarrier.wait(of_pair(barriers, count, SLOTS), count // 2 // SLOTS & 1)
+
+
+@gluon.jit
 def empty_slot(ring, count):
     """Where the copy of a use goes, once the pair that had the slot before has let it go."""
     _, _, empty, SLOTS = ring
     if count >= SLOTS:
-        pair = (count - SLOTS) // 2
-        mbarrier.wait(empty.index(pair % SLOTS), pair // SLOTS & 1)
+        _wait_for_pair(empty, count - SLOTS, SLOTS)
     return count % SLOTS
 
 
@@ -39,14 +49,7 @@ def empty_slot(ring, count):
 def full_pair(ring, count):
     """Wait until the copies of the pair that use `count` belongs to are there."""
     _, full, _, SLOTS = ring
-    pair = count // 2
-    mbarrier.wait(full.index(pair % SLOTS), pair // SLOTS & 1)
-
-
-@gluon.jit
-def of_pair(these, count, SLOTS: gl.constexpr):
-    """That one of SLOTS barriers, or numbers, which the pair of use `count` has."""
-    return these.index(count // 2 % SLOTS)
+    _wait_for_pair(full, count, SLOTS)
 
 
 @gluon.jit

@@ -123,7 +123,7 @@ class Copies:
         self.tiles: list[int] = []
         self.tickets = self.program = 0
         parts = "_stream_tile _stream_tickets _stream_weights weights_part"
-        for name in f"empty_slot full_pair of_pair {parts}".split():
+        for name in f"empty_slot full_pair of_pair _wait_for_pair {parts}".split():
             monkeypatch.setattr(stream_copies, name, getattr(stream_copies, name).fn)
         nothing = SimpleNamespace(wait=lambda *_: None, expect=lambda *_: None,
                                   arrive=lambda *_, **__: None)  # fmt: skip
