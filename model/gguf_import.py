@@ -24,6 +24,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from draftnorm.kernels.rotary import inverse_frequencies
+from draftnorm.model.checkpoint import SINGLE
 from draftnorm.model.config import ModelConfig, RopeConfig
 
 _SCALARS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}  # struct's letters
@@ -180,7 +181,7 @@ def import_gguf(
     tokenizer.save(str(directory / "tokenizer.json"))
     if licence := source.metadata.get("general.license"):
         (directory / "LICENSE").write_text(f"{source.path.name} names its licence: {licence}\n")
-    _write_safetensors(directory / "model.safetensors", _tensors(source, config), dtype, progress)
+    _write_safetensors(directory / SINGLE, _tensors(source, config), dtype, progress)
 
 
 def _config(source: GGUFFile) -> ModelConfig:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from draftnorm.decoding.draft_length import MAX_DRAFT_LENGTH
 from draftnorm.decoding.request import Request
 from draftnorm.model import hub
-from draftnorm.model.checkpoint import load_model, resolve_placement
+from draftnorm.model.checkpoint import INDEX, SINGLE, load_model, resolve_placement
 from draftnorm.model.config import ModelConfig
 from draftnorm.model.memory import MemoryNeed
 from draftnorm.model.tokenizer import Tokenizer, load_tokenizer
@@ -168,8 +168,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _index_bytes(path: Path) -> bytes:
     """What names the tensors: the index, or the header of the only file (length comes first)."""
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if index.is_file():
         return index.read_bytes()
-    with open(path / "model.safetensors", "rb") as file:
+    with open(path / SINGLE, "rb") as file:
         return file.read(int.from_bytes(file.read(8), "little"))
